@@ -1,0 +1,37 @@
+# `make test` and `make example` need Python 3.10+ and make; they set up .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test example check lint types wheel clean
+.DEFAULT_GOAL := test
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: .venv/ready            ## everything that is tested: mathematics, modules, docs, examples
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+example: .venv/ready         ## the full method, both phases, on the embedded images
+	$(BIN)/python examples/cifar_train.py --out runs/example --overwrite $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/typos
+
+types: .venv/ready
+	$(BIN)/mypy
+
+wheel: .venv/ready           ## build, then install into a clean environment and import
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd build && wheel-venv/bin/python -W ignore -c "import aikd_losses; print('wheel:', aikd_losses.__version__, aikd_losses.AIKDLoss(8, 3, 2))"
+
+check: lint types wheel
+
+clean:
+	rm -rf .venv build dist runs

@@ -1,0 +1,125 @@
+"""Tensors and modules that travel with a loss but do not belong to the model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Carrier(nn.Module):
+    """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
+
+    A wrapper takes what `parameters()`, `buffers()` and `modules()` list for part of the model: DDP would broadcast
+    rank 0's store over the others' rows, FSDP would shard the discriminator away from under its optimizer, an
+    optimizer made from `self.parameters()` would train the teacher. So what is carried is in none of them. It still
+    follows `to()`, and what `_saved` names is in `state_dict()`.
+
+    Carried tensors follow `to()` in device alone: a storage type is a decision, not a precision to be cast.
+    """
+
+    _carried: ClassVar[tuple[str, ...]] = ()
+    _saved: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._carried:
+            object.__setattr__(self, name, value)  # nn.Module would register a module
+        else:
+            super().__setattr__(name, value)
+
+    def _modules_carried(self) -> list[nn.Module]:
+        values = (getattr(self, name) for name in self._carried)
+        return [value for value in values if isinstance(value, nn.Module)]
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        for module in self._modules_carried():
+            module.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._carried:
+            value = getattr(self, name)
+            if isinstance(value, nn.Module):
+                value._apply(fn)
+            elif value is not None:
+                setattr(self, name, _moved(value, fn))
+        return self
+
+    def _after_load(self) -> None:
+        """Work out anew what follows from the state just loaded."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._saved:
+            value = getattr(self, name)
+            if isinstance(value, nn.Module):
+                value.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+            elif value is not None:
+                destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        copies = []
+        errors = []
+        for name in self._saved:
+            own, key = getattr(self, name), prefix + name
+            if isinstance(own, nn.Module):
+                inner = {k: state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
+                _load_module(own, inner, f"{key}.", missing_keys, unexpected_keys, error_msgs)
+            elif own is not None:
+                saved = state.pop(key, None)
+                if saved is None:
+                    missing_keys.append(key)
+                elif saved.shape != own.shape or saved.dtype != own.dtype:
+                    errors.append(
+                        f"`{key}` in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is "
+                        f"{own.dtype} of shape {tuple(own.shape)}. Build this object with the settings it was saved with."
+                    )
+                else:
+                    copies.append((own, saved))
+        if not errors:  # all or nothing: a table without its flags would be silently wrong
+            for own, saved in copies:
+                own.copy_(saved)
+            self._after_load()
+        error_msgs.extend(errors)
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def _moved(value: Tensor, fn: Any) -> Tensor:
+    """`value` on the device to which `fn` moves things, with its own dtype."""
+    probe = fn(torch.empty(0, dtype=value.dtype, device=value.device))
+    if value.is_meta and not probe.is_meta:
+        return torch.zeros_like(value, device=probe.device)  # materialised as an empty store
+    if probe.device.type == "mps" and value.dtype == torch.float64:
+        return value.to(probe.device, torch.float32)  # MPS knows no float64
+    moved = value.to(probe.device)
+    return moved.share_memory_() if probe.device.type == "cpu" and probe.is_shared() else moved
+
+
+def _load_module(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    try:
+        result = module.load_state_dict({key[len(prefix) :]: value for key, value in state.items()}, strict=False)
+    except RuntimeError as error:  # shapes that do not fit
+        error_msgs.append(f"`{prefix[:-1]}`: {error}")
+        return
+    missing_keys.extend(prefix + key for key in result.missing_keys)
+    unexpected_keys.extend(prefix + key for key in result.unexpected_keys)

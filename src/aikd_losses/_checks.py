@@ -1,0 +1,255 @@
+"""What every public call requires of its arguments: one check a fact, one sentence an error.
+
+Checks of shape, type and device are free and always run. Checks of *values* (an index in range) would make a GPU
+wait for the CPU, so they run on CPU tensors alone (`values_are_free`); elsewhere an index out of range is caught by
+PyTorch's own device-side assertion, as it is for `torch.nn.CrossEntropyLoss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """A finite real number in the interval [low, high], each end open on request."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+    x = float(value)
+    low_ok = x > low if open_low else x >= low
+    high_ok = x < high if open_high else x <= high
+    if not (math.isfinite(x) and low_ok and high_ok):
+        if high == math.inf:
+            wanted = f"a finite number {'above' if open_low else 'not below'} {low:g}"
+        else:
+            wanted = f"in the interval {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+    return x
+
+
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer; got {value!r}.")
+    x = int(value)
+    if (low is not None and x < low) or (high is not None and x > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be {wanted}; got {x}.")
+    return x
+
+
+def boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {value!r}.")
+    return value
+
+
+def choice(name: str, value: object, options: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in options:
+        names = ", ".join(repr(option) for option in options)
+        raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
+    return value
+
+
+def reduction(value: object) -> str:
+    if value == "batchmean":
+        raise ValueError(
+            "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already "
+            "the mean over samples (over positions, where there are several a sample)."
+        )
+    return choice("reduction", value, REDUCTIONS)
+
+
+def temperature(value: object) -> float:
+    return number("temperature", value, 0.0, math.inf, open_low=True)
+
+
+def num_classes(value: object) -> int:
+    return integer("num_classes", value, 2)
+
+
+def class_dim(value: object) -> int | None:
+    return None if value is None else integer("class_dim", value)
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.")
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"`{name}` must be on the device of `{other_name}`, {other.device}; got {value.device}. "
+            f"Move it with `.to({str(other.device)!r})`."
+        )
+
+
+def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
+    """Floating scores with at least two axes; returns the position of the class axis."""
+    x = _tensor(name, value)
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point (raw scores before softmax); got {x.dtype}.")
+    if x.ndim < 2:
+        raise ValueError(f"`{name}` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
+    if dim is None:
+        if x.ndim > 2:
+            raise ValueError(
+                f"`class_dim` is required for logits of more than 2 axes; got `{name}` of shape {tuple(x.shape)}. "
+                "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
+            )
+        dim = 1
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"`class_dim` must be an axis of `{name}`, which has {x.ndim}; got {dim}.")
+    if x.shape[dim] < 2:
+        raise ValueError(
+            f"`{name}` must have at least 2 classes on axis {dim}; got shape {tuple(x.shape)}. For one score z a "
+            "sample (binary), pass torch.cat([torch.zeros_like(z), z], dim)."
+        )
+    return dim % x.ndim
+
+
+def like_logits(name: str, value: object, student_logits: Tensor) -> None:
+    """Floating, of exactly the logits' shape (nothing is ever broadcast), on their device."""
+    x = _tensor(name, value)
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point; got {x.dtype}.")
+    if x.shape != student_logits.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `student_logits`, {tuple(student_logits.shape)}; got {tuple(x.shape)}."
+        )
+    same_device(name, x, "student_logits", student_logits)
+
+
+def positions(student_logits: Tensor, axis: int) -> tuple[int, ...]:
+    """The shape of the logits without the class axis."""
+    shape = tuple(student_logits.shape)
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def mask(value: object, student_logits: Tensor, axis: int, name: str = "mask") -> None:
+    """None, or a bool a position."""
+    if value is None:
+        return
+    x = _tensor(name, value)
+    if x.dtype != torch.bool:
+        raise TypeError(f"`{name}` must be of type bool, True = counts; got {x.dtype}. Pass `{name}.bool()`.")
+    wanted = positions(student_logits, axis)
+    if tuple(x.shape) != wanted:
+        raise ValueError(
+            f"`{name}` must have the shape of `student_logits` without its class axis, {wanted}; got {tuple(x.shape)}."
+        )
+    same_device(name, x, "student_logits", student_logits)
+
+
+def alpha(value: object, student_logits: Tensor, axis: int) -> None:
+    """A number in 0..1, or a tensor of them: one in all, or one a position."""
+    if not isinstance(value, Tensor):
+        number("alpha", value, 0.0, 1.0)
+        return
+    if value.ndim and tuple(value.shape) != (wanted := positions(student_logits, axis)):
+        raise ValueError(f"`alpha` must be a number or of shape {wanted}; got a tensor of shape {tuple(value.shape)}.")
+    share("alpha", value)
+
+
+def share(name: str, x: Tensor) -> None:
+    """Values in 0..1, where looking is free."""
+    if values_are_free(x) and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
+        low, high = (float(bound) for bound in x.aminmax())
+        raise ValueError(f"`{name}` must be in the interval [0, 1]; got values in [{low:g}, {high:g}].")
+
+
+def values_are_free(x: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def class_target(value: object, student_logits: Tensor, axis: int, counts: Tensor | None) -> None:
+    """Class indices (int64, a position each) or class probabilities (floating, like the logits)."""
+    x = _tensor("target", value)
+    if x.is_floating_point():
+        like_logits("target", x, student_logits)
+        return
+    wanted = positions(student_logits, axis)
+    if tuple(x.shape) == tuple(student_logits.shape):
+        raise ValueError(
+            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
+            f"{tuple(x.shape)}. If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
+        )
+    if x.dtype != torch.int64:
+        raise TypeError(f"`target` of class indices must be of type int64; got {x.dtype}. Pass `target.long()`.")
+    if tuple(x.shape) != wanted:
+        raise ValueError(
+            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
+            f"{tuple(x.shape)}."
+        )
+    same_device("target", x, "student_logits", student_logits)
+    _in_range(
+        "target", x, counts, student_logits.shape[axis], "number of classes", "mask=target != -100 leaves some out"
+    )
+
+
+def sample_index(
+    name: str, value: object, shape: tuple[int, ...] | None, size: int | None, counts: Tensor | None = None
+) -> None:
+    """Sample ids: int64, of the given shape (any one axis for None), below `size`."""
+    x = _tensor(name, value)
+    if x.dtype != torch.int64:
+        raise TypeError(f"`{name}` must be of type int64; got {x.dtype}. Pass `{name}.long()`.")
+    if shape is None and x.ndim != 1:
+        raise ValueError(f"`{name}` must have one axis, (N,); got shape {tuple(x.shape)}.")
+    if shape is not None and tuple(x.shape) != shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `student_logits` without its class axis, {shape}; got {tuple(x.shape)}."
+        )
+    if size is not None:
+        _in_range(name, x, counts, size, "`num_samples`", "ids count from 0 within the training set")
+
+
+def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: str, hint: str) -> None:
+    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+        return
+    checked = x if counts is None else x[counts]
+    if checked.numel() == 0:
+        return
+    low, high = (int(bound) for bound in checked.aminmax())
+    if low < 0 or high >= size:
+        raise IndexError(
+            f"`{name}` must be in 0..{size - 1} (the {of_what} is {size}); got values in {low}..{high} ({hint})."
+        )
+
+
+def condition(value: object, shape: tuple[int, ...]) -> Tensor:
+    """A row a position: the positions' shape, then any axes."""
+    x = _tensor("condition", value)
+    if tuple(x.shape[: len(shape)]) != shape:
+        raise ValueError(
+            f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(x.shape)}."
+        )
+    return x
+
+
+def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None) -> None:
+    """Rows of probabilities, (N, C): checked to be some, where that is free, within what bfloat16 rounds."""
+    x = _tensor(name, value)
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point; got {x.dtype}.")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"`{name}` must have the shape (N, C) = {shape}; got {tuple(x.shape)}.")
+    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+        return
+    off = (x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)) - 1).abs()
+    fine = (off <= 0.02) & (x.amin(-1) >= 0)
+    if not bool((fine if counts is None else fine | ~counts).all()):
+        raise ValueError(
+            f"`{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For logits pass "
+            "`torch.softmax(logits, -1)`."
+        )

@@ -1,0 +1,372 @@
+"""Fool a discriminator that tells the pre-trained model's predictive distribution from the student's."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import _checks, _distributed, functional
+from ._carrier import Carrier
+from .objectives import OBJECTIVES, AdversarialObjective, Penalty
+
+INPUTS = ("probs", "log_probs", "logits")
+
+
+class AdversarialDistributionLoss(Carrier):
+    r"""Pulls the distribution of the student's predictions towards that of the teacher's, by way of a discriminator.
+
+    With $x_s$ and $x_t$ what `inputs` says of the student's and the teacher's logits at `temperature`, and $D$ the
+    discriminator, whose higher scores say "teacher":
+
+    | `objective` | discriminator minimises the mean of | student minimises the mean of |
+    |---|---|---|
+    | `"non_saturating"` | softplus(-D(x_t)) + softplus(D(x_s)) | softplus(-D(x_s)) |
+    | `"least_squares"` | (D(x_t) - 1)²/2 + D(x_s)²/2 | (D(x_s) - 1)²/2 |
+    | `"hinge"` | relu(1 - D(x_t)) + relu(1 + D(x_s)) | -D(x_s) |
+    | `"wasserstein"` | D(x_s) - D(x_t) | -D(x_s) |
+    | `"relativistic"` | softplus(D(x_s) - D(x_t)) | softplus(D(x_t) - D(x_s)) |
+
+    Calling the module gives the student's loss. The discriminator is trained by `update`, one step a call, if it owns
+    an `optimizer`; without one, by your own step on `discriminator_loss`.
+
+    Args:
+        discriminator: any `nn.Module` from `(N, C)` to `(N,)` or `(N, 1)` raw scores; with `condition` it is called as
+            `discriminator(x, condition)`. It may be shown any number of rows in any order. Public.
+        objective: one of the above (default `"non_saturating"`) or an `AdversarialObjective`.
+        inputs: what the discriminator sees: `"probs"` (default), `"log_probs"`, or `"logits"` divided by T, which unlike
+            the others differ between models that predict the same.
+        temperature: T > 0 (default 1). The value is a score and no divergence: there is no factor T**2.
+        penalty: None (default), `GradientPenalty(weight)`, `ZeroCenteredPenalty(gamma)`, or a callable
+            `(score, teacher_rows, student_rows) -> (N,)`; added to the discriminator's loss.
+        optimizer: a torch optimizer that holds exactly the discriminator's parameters. Public.
+        reduction, class_dim: as in `DeterministicKD`; `update` always steps on the mean.
+
+    Shape: `student_logits`, `teacher_logits`: `(N, C)`, `(N, C, *)` or `(N, *, C)`, equal; `mask`: bool, that without
+    the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
+    discriminator as a row. Returns a scalar or, with `"none"`, a value a position.
+
+    State: the discriminator and its optimizer (`optimizer_state`, one uint8 tensor) are in `state_dict()`, though not in
+    `parameters()`, `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone
+    changes them; it may come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator
+    and `discriminator_loss` none on the logits. Under `torch.distributed` the first `update` takes rank 0's
+    discriminator, and every `update` the gradient of all ranks' rows.
+
+    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape.
+
+    >>> discriminator = MLPDiscriminator(num_classes=3)
+    >>> adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
+    >>> loss = AdversarialDistributionLoss(discriminator, penalty=GradientPenalty(10.0), optimizer=adam)
+    >>> student_logits, teacher_logits = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3)
+    >>> value = loss(student_logits, teacher_logits)                   # to be added to the student's loss
+    >>> of_discriminator = loss.update(student_logits, teacher_logits)
+    >>> value.shape, of_discriminator.requires_grad
+    (torch.Size([]), False)
+
+    Reference: the adversarial term of AI-KD: Kim et al., 2024, https://arxiv.org/abs/2211.10938. Objectives:
+    Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661; Mao et al. (least squares), 2017,
+    https://arxiv.org/abs/1611.04076; Lim and Ye (hinge), 2017, https://arxiv.org/abs/1705.02894; Arjovsky et al.
+    (Wasserstein), 2017, https://arxiv.org/abs/1701.07875; Jolicoeur-Martineau (relativistic, the paired form), 2018,
+    https://arxiv.org/abs/1807.00734.
+    """
+
+    _carried: ClassVar[tuple[str, ...]] = ("discriminator",)
+    _saved = ("discriminator",)
+    discriminator: nn.Module
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        *,
+        objective: str | AdversarialObjective = "non_saturating",
+        inputs: str = "probs",
+        temperature: float = 1.0,
+        penalty: Penalty | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        reduction: str = "mean",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(discriminator, nn.Module):
+            raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+        if not isinstance(objective, AdversarialObjective):
+            objective = OBJECTIVES[_checks.choice("objective", objective, OBJECTIVES)]
+        if penalty is not None and (isinstance(penalty, type) or not callable(penalty)):
+            raise TypeError(
+                f"`penalty` must be None, GradientPenalty(...), ZeroCenteredPenalty(...) or callable; got {penalty!r}."
+            )
+        if optimizer is not None:
+            _check_optimizer(optimizer, discriminator)
+        self.discriminator = discriminator
+        self.objective = objective
+        self.inputs = _checks.choice("inputs", inputs, INPUTS)
+        self.temperature = _checks.temperature(temperature)
+        self.penalty = penalty
+        self.optimizer = optimizer
+        self.reduction = _checks.reduction(reduction)
+        self.class_dim = _checks.class_dim(class_dim)
+        self._same_on_all_ranks = False
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The student's loss: how far the discriminator is from taking the student for the teacher."""
+        axis, condition = self._check(student_logits, teacher_logits, mask, condition)
+        shape = _checks.positions(student_logits, axis)
+        # The discriminator as it is now: no gradient reaches it, and no later step disturbs this graph.
+        state = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
+        score = partial(self._score, {name: x.detach().clone() for name, x in state}, condition)
+        student_scores = score(self._rows(student_logits, axis, mask))
+        teacher_scores = None
+        if self.objective.paired:
+            with torch.no_grad():
+                teacher_scores = score(self._rows(teacher_logits, axis, mask))
+        values = self.objective.student(student_scores, teacher_scores)
+        return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def student_loss(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """What calling the module gives. No gradient reaches the discriminator."""
+        return self.forward(student_logits, teacher_logits, mask=mask, condition=condition)
+
+    def discriminator_loss(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
+        axis, condition = self._check(student_logits, teacher_logits, mask, condition)
+        buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
+        values = self._discriminator_values(
+            buffers,
+            self._rows(student_logits, axis, mask).detach(),
+            self._rows(teacher_logits, axis, mask).detach(),
+            condition,
+        )
+        shape = _checks.positions(student_logits, axis)
+        return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
+
+    def update(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """One step of the discriminator; returns its loss before the step, detached.
+
+        Anywhere after the forward call of the same step. Rows with NaN or +inf on either side are left out. RuntimeError
+        in eval mode and without an `optimizer`.
+        """
+        return self._planned_update(student_logits, teacher_logits, mask=mask, condition=condition)()
+
+    def _planned_update(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Callable[[], Tensor]:
+        """Everything that can be refused, refused; what is returned does the rest."""
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
+                "`.train()` on the loss."
+            )
+        if self.optimizer is None:
+            raise RuntimeError(
+                "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
+                "Without one, step on `discriminator_loss` yourself."
+            )
+        axis, condition = self._check(student_logits, teacher_logits, mask, condition)
+        return partial(
+            self._step, self.optimizer, student_logits.detach(), teacher_logits.detach(), axis, mask, condition
+        )
+
+    @torch.enable_grad()
+    def _step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        axis: int,
+        mask: Tensor | None,
+        condition: Tensor | None,
+    ) -> Tensor:
+        self._agree_on_all_ranks()
+        student, teacher = (functional.rows(x, axis, mask) for x in (student_logits, teacher_logits))
+        finite = functional.finite_rows(student) & functional.finite_rows(teacher)
+        counts = finite if mask is None else finite & mask
+        student, teacher = (self._seen(x.masked_fill(~counts.unsqueeze(-1), 0.0)) for x in (student, teacher))
+        values = self._discriminator_values({}, student, teacher, condition)
+        total = functional.reduce_positions(values, counts.flatten(), "sum")
+
+        parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(total, parameters, allow_unused=True)
+        optimizer.zero_grad(set_to_none=True)  # leaves out what is not ours
+        used = [(p, slope) for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
+        # Sums and counts over ranks, so that the mean is over all rows, however many each rank has.
+        total, count, *sums = _distributed.sum_over_ranks(
+            [total.detach(), counts.sum().to(total), *(g for _, g in used)]
+        )
+        count = count.clamp_min(1)
+        for (parameter, _), slope in zip(used, sums, strict=True):
+            parameter.grad = slope / count.to(slope)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
+        return total / count
+
+    def _agree_on_all_ranks(self) -> None:
+        if _distributed.active() and not self._same_on_all_ranks:
+            _distributed.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+            self._same_on_all_ranks = True
+
+    def _discriminator_values(
+        self, state: dict[str, Tensor], student: Tensor, teacher: Tensor, condition: Tensor | None
+    ) -> Tensor:
+        """A value a row; both sides are shown in one call."""
+        both = None if condition is None else torch.cat([condition, condition])
+        scores = self._score(state, both, torch.cat([teacher, student]))
+        values = self.objective.discriminator(scores[: len(teacher)], scores[len(teacher) :])
+        if self.penalty is not None:
+            values = values + self.penalty(partial(self._score, state, condition), teacher, student)
+        return values
+
+    def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
+        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
+        parameter = next(self.discriminator.parameters(), None)
+        if parameter is not None:
+            if x.device != parameter.device:
+                raise ValueError(
+                    f"`student_logits` are on {x.device}, the discriminator is on {parameter.device}. Move the loss with "
+                    f"`.to({str(x.device)!r})`."
+                )
+            x = x.to(parameter.dtype)
+        args = (x,) if condition is None else (x, condition)
+        with torch.autocast(x.device.type, enabled=False):  # scores and their gradients need the precision
+            scores: Tensor = functional_call(self.discriminator, state, args)
+        if scores.shape not in ((len(x),), (len(x), 1)):
+            raise ValueError(
+                f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
+                f"{tuple(x.shape)}; got {tuple(scores.shape)}."
+            )
+        scores = scores.flatten()
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def _rows(self, logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+        return self._seen(functional.rows(logits, axis, mask))
+
+    def _seen(self, logits: Tensor) -> Tensor:
+        """What the discriminator is shown, `(rows, C)`, of logits with the class axis last."""
+        x = logits.flatten(0, -2) / self.temperature
+        if self.inputs == "probs":
+            return torch.softmax(x, -1)
+        if self.inputs == "log_probs":
+            x = torch.log_softmax(x, -1)
+        return x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
+
+    def _check(
+        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
+    ) -> tuple[int, Tensor | None]:
+        """The class axis, and the condition as a row a position, without what a mask hides."""
+        axis = _checks.logits(student_logits, self.class_dim)
+        _checks.like_logits("teacher_logits", teacher_logits, student_logits)
+        _checks.mask(mask, student_logits, axis)
+        if condition is None:
+            return axis, None
+        shape = _checks.positions(student_logits, axis)
+        condition = _checks.condition(condition, shape)
+        if mask is not None:
+            condition = condition.masked_fill(~mask.reshape(*shape, *[1] * (condition.ndim - len(shape))), 0)
+        return axis, condition.flatten(0, len(shape) - 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.optimizer is not None:
+            destination[prefix + "optimizer_state"] = _as_bytes(self.optimizer.state_dict())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        key = prefix + "optimizer_state"
+        missing, error_msgs = args[2], args[4]
+        if self.optimizer is not None:
+            state_dict = dict(state_dict)
+            saved = state_dict.pop(key, None)
+            if saved is None:
+                missing.append(key)
+            else:
+                try:
+                    self.optimizer.load_state_dict(_from_bytes(saved))
+                except (ValueError, KeyError, RuntimeError) as error:
+                    error_msgs.append(f"`{key}` does not fit the discriminator's optimizer: {error}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
+        optimizer = type(self.optimizer).__name__ if self.optimizer is not None else None
+        return (
+            f"discriminator={type(self.discriminator).__name__}, objective={objective!r}, inputs={self.inputs!r}, "
+            f"temperature={self.temperature}, penalty={self.penalty}, optimizer={optimizer}, "
+            f"reduction={self.reduction!r}, class_dim={self.class_dim}"
+        )
+
+
+def _check_optimizer(optimizer: object, discriminator: nn.Module) -> None:
+    inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}. "
+            "Keep the discriminator's optimizer out of the framework and pass it as it is."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"`optimizer` must be a torch optimizer; got {optimizer!r}.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in discriminator.parameters()}
+    if held != own:
+        raise ValueError(
+            f"`optimizer` must hold exactly the discriminator's {len(own)} parameters; {len(held & own)} of them and "
+            f"{len(held - own)} others are in it. Build it from `discriminator.parameters()`."
+        )
+
+
+def _as_bytes(state: dict[str, Any]) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _from_bytes(state: Tensor) -> dict[str, Any]:
+    state = state.cpu().contiguous()
+    buffer = io.BytesIO(ctypes.string_at(state.data_ptr(), state.numel()))
+    return dict(torch.load(buffer, map_location="cpu", weights_only=True))

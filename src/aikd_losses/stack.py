@@ -1,0 +1,249 @@
+"""Terms with their weights: one call, one update, one epoch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks, schedules
+from ._carrier import Carrier
+from .progressive import ProgressiveKD
+from .schedules import Schedule
+
+STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
+NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a method of a term is handed: parameter -> name of the tensor, and which of them it cannot do without."""
+
+    term: str
+    parameters: tuple[str, ...]
+    names: dict[str, str]
+    required: frozenset[str]
+
+    @classmethod
+    def of(cls, name: str, term: nn.Module, method: str, renamed: Mapping[str, str | None]) -> _Call:
+        names, required = {}, set()
+        parameters = inspect.signature(getattr(term, method)).parameters
+        for parameter, how in parameters.items():
+            if how.kind not in (how.POSITIONAL_OR_KEYWORD, how.KEYWORD_ONLY):
+                raise TypeError(
+                    f"Term {name!r} must name its tensors in `{method}`, each to be passed by keyword; got `{how}`."
+                )
+            needed = how.default is how.empty
+            tensor = renamed.get(parameter, "student_logits" if parameter == "input" else parameter)
+            if tensor is None and needed:
+                raise ValueError(f"`inputs[{name!r}]` must not withhold `{parameter}`, which the term requires.")
+            if tensor is None:
+                continue
+            names[parameter] = tensor
+            # Left out by mistake, `target` would silently make ProgressiveKD its other form.
+            if needed or (parameter == "target" and isinstance(term, ProgressiveKD)):
+                required.add(parameter)
+        return cls(name, tuple(parameters), names, frozenset(required))
+
+    def pick(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        picked = {}
+        for parameter, name in self.names.items():
+            value = tensors.get(name)
+            if value is not None:
+                picked[parameter] = value
+            elif parameter == "index" and name in tensors:
+                picked[parameter] = None  # says: no ids here
+            elif parameter in self.required:
+                given = ", ".join(tensors) or "nothing"
+                raise TypeError(
+                    f"Term {self.term!r} needs `{name}`; got {given}. Pass it by name, or use the `inputs` of the stack "
+                    "to rename or withhold it."
+                )
+        return picked
+
+
+class LossStack(Carrier):
+    r"""A weighted sum of terms that are handed the tensors they name.
+
+    $$L = \sum_k w_k(\text{epoch})\, L_k$$
+
+    Args:
+        terms: `{name: module}`. A term is an `nn.Module` whose `forward` names its tensors and gives a scalar; its
+            `update` and `advance_epoch`, where it has them, are called by the stack's. Torch's own losses are terms too:
+            their `input` is `student_logits`. Public, as an `nn.ModuleDict`.
+        weights: `{name: number or callable from the epoch to one}`, not negative; 1 for those left out. Public.
+        inputs: `{term: {parameter: name of the tensor, or None}}`: renames or withholds what a term is given, in
+            `forward` and `update`.
+
+    Call: `stack(**tensors) -> (total, values)`; `values` are the terms' own, unweighted and detached. `update` takes the
+    same tensors. Every name that a term's `forward` or `update` uses is accepted, and `student_logits`,
+    `teacher_logits`, `target`, `index` and `mask` always; None counts as not given, except for `index`. `ProgressiveKD`
+    needs a `target` here, unless `inputs` withholds it.
+
+    State: the epoch (int64) and the terms' own; weights follow from the epoch. `update` changes all terms or, when one of
+    ours refuses its tensors, none.
+
+    Raises: `TypeError` for what is no term (functions, stacks, forwards with `*args` or `**kwargs`, torch losses that do not
+    take logits), and for a tensor that is missing or that nobody uses; `ValueError` for the rest.
+
+    >>> stack = LossStack(
+    ...     {"cross_entropy": torch.nn.CrossEntropyLoss(), "deterministic": DeterministicKD(temperature=1.0)},
+    ...     weights={"deterministic": 0.5},
+    ... )
+    >>> s, t = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> total, values = stack(student_logits=s, teacher_logits=t, target=torch.tensor([1]))
+    >>> total, values
+    (tensor(1.5443), {'cross_entropy': tensor(1.3133), 'deterministic': tensor(0.4621)})
+    """
+
+    _carried: ClassVar[tuple[str, ...]] = ("epoch", "_weights")
+    _saved = ("epoch",)
+    epoch: Tensor
+    _weights: Tensor  # (terms,): the weights of this epoch
+    terms: nn.ModuleDict
+
+    def __init__(
+        self,
+        terms: Mapping[str, nn.Module],
+        *,
+        weights: Mapping[str, Schedule] | None = None,
+        inputs: Mapping[str, Mapping[str, str | None]] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(terms, Mapping | nn.ModuleDict) or len(terms) == 0:
+            raise TypeError(f"`terms` must be a mapping {{name: module}} with at least one term; got {terms!r}.")
+        for name, term in terms.items():
+            _check_term(name, term)
+        _check_names("weights", weights, terms)
+        _check_names("inputs", inputs, terms)
+        self.weights: dict[str, Schedule] = {
+            name: schedules.check(f"weights[{name!r}]", (weights or {}).get(name, 1.0), math.inf) for name in terms
+        }
+        self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
+        self._calls = {
+            method: {
+                name: _Call.of(name, term, method, self.inputs.get(name, {}))
+                for name, term in terms.items()
+                if _has(term, method)
+            }
+            for method in ("forward", "update")
+        }
+        every = [call for calls in self._calls.values() for call in calls.values()]
+        for name, renamed in self.inputs.items():
+            known = {parameter: None for call in every if call.term == name for parameter in call.parameters}
+            for parameter in renamed:
+                if parameter not in known:
+                    raise ValueError(
+                        f"`inputs[{name!r}]` must name parameters of the term, {', '.join(known)}; got {parameter!r}."
+                    )
+        self._names = frozenset(STANDARD).union(*(call.names.values() for call in every))
+        try:
+            self.terms = nn.ModuleDict(dict(terms.items()))
+        except KeyError as error:
+            raise ValueError(f"`terms` has a name that cannot be one: {error.args[0]}.") from None
+        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._weights = torch.zeros(len(terms), dtype=torch.float64, device="cpu")
+        self._after_load()
+
+    def _after_load(self) -> None:
+        self._fill_weights(int(self.epoch))
+
+    def _fill_weights(self, epoch: int) -> None:
+        self._weights.copy_(self._weights_at(epoch))
+
+    def _weights_at(self, epoch: int) -> Tensor:
+        values = [schedules.evaluate(f"weights[{name!r}]", w, epoch, math.inf) for name, w in self.weights.items()]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def forward(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term's own value, unweighted and detached."""
+        self._refuse_unknown(tensors)
+        picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
+        total: Tensor | None = None
+        values = {}
+        for i, (name, term) in enumerate(self.terms.items()):
+            value = term(**picked[name])
+            if not isinstance(value, Tensor) or value.ndim:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {shape}.")
+            weighted = self._weights[i].to(value.dtype) * value
+            total = weighted if total is None else total + weighted
+            values[name] = value.detach()
+        assert total is not None  # a stack has a term
+        return total, values
+
+    def __call__(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = super().__call__(**tensors)
+        return result
+
+    def update(self, **tensors: Any) -> None:
+        """Hand the tensors on to the terms that have an `update`; takes the same ones as the call."""
+        self._refuse_unknown(tensors)
+        picked = {name: call.pick(tensors) for name, call in self._calls["update"].items()}
+        steps = []
+        for name, arguments in picked.items():  # all are checked before any is taken
+            term: Any = self.terms[name]
+            plan = getattr(term, "_planned_update", None)
+            steps.append((term.update, arguments) if plan is None else (plan(**arguments), {}))
+        for step, arguments in steps:
+            step(**arguments)
+
+    def advance_epoch(self, epoch: int | None = None) -> None:
+        """After each epoch, hand it on to the terms that have one, a shared store once, and take the next weights.
+
+        With a number, the epoch that is about to start: what is there already stays as it is.
+        """
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        weights = self._weights_at(to)
+        advanced: set[int] = set()
+        for term in self.terms.values():
+            if isinstance(term, ProgressiveKD):
+                term._advance(epoch, advanced)
+            elif _has(term, "advance_epoch"):
+                cast(Any, term).advance_epoch(epoch)
+        self.epoch.fill_(to)
+        self._weights.copy_(weights)
+
+    def _refuse_unknown(self, tensors: Mapping[str, Any]) -> None:
+        unknown = [name for name in tensors if name not in self._names]
+        if unknown:
+            # A name that is nearly right mostly leaves its term without its tensor: name that first.
+            for call in self._calls["forward"].values():
+                call.pick(tensors)
+            raise TypeError(
+                f"No term uses `{unknown[0]}`; the terms {', '.join(self.terms)} use {', '.join(sorted(self._names))}."
+            )
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}" + (f", inputs={self.inputs}" if self.inputs else "")
+
+
+def _has(term: nn.Module, method: str) -> bool:
+    return callable(getattr(term, method, None))
+
+
+def _check_term(name: object, term: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"`terms` must have names that are strings; got {name!r}.")
+    if isinstance(term, LossStack):
+        raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
+    if isinstance(term, type) or not isinstance(term, nn.Module):
+        raise TypeError(f"Term {name!r} must be an nn.Module (an instance); got {term!r}.")
+    if isinstance(term, NOT_OF_LOGITS):
+        raise TypeError(
+            f"Term {name!r} is a {type(term).__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "
+            "or a module of your own."
+        )
+
+
+def _check_names(setting: str, given: Mapping[str, Any] | None, terms: Mapping[str, Any]) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"`{setting}` must be a mapping {{name: ...}}; got {given!r}.")
+    for name in given or {}:
+        if name not in terms:
+            raise ValueError(f"`{setting}` must name terms, {', '.join(terms)}; got {name!r}.")

@@ -1,0 +1,296 @@
+"""Target stores: what the student predicted for every training sample, to be matched an epoch later."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from . import _checks, _distributed
+from ._carrier import Carrier
+from ._mapped import map_columns
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@runtime_checkable
+class TargetStore(Protocol):
+    """What `ProgressiveKD` needs of a store: three methods. Ours are `CachedTargets` and `EMATargets`.
+
+    A store that is an `nn.Module` moves with the loss and is in its `state_dict()`; one that is not has to be saved
+    by its owner. Its buffers, if it has any, are broadcast by DDP: keep its rows out of them.
+    """
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """For ids `(N,)`: probabilities `(N, C)` in float32, and a bool `(N,)`, whether the row was ever written."""
+        ...
+
+    def write(self, index: Tensor, probs: Tensor) -> None:
+        """Remember `probs` `(N, C)` for the ids `index` `(N,)`; of equal ids the last one wins."""
+        ...
+
+    def advance_epoch(self) -> None:
+        """An epoch has ended: exchange rows with the other ranks, say."""
+        ...
+
+
+class _Table(Carrier):
+    """Rows of probabilities by sample id: in memory or in a mapped file, whole or the `top_k` largest classes."""
+
+    _carried: ClassVar[tuple[str, ...]] = ("rows", "classes", "known", "_last_write")
+    _saved = ("rows", "classes", "known")
+    rows: Tensor  # (num_samples, num_classes or top_k) in the storage type
+    classes: Tensor | None  # (num_samples, top_k): which classes those are
+    known: Tensor  # (num_samples,): was the row ever written
+    _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, -1 for none
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        top_k: int | None,
+        path: str | os.PathLike[str] | None,
+    ) -> None:
+        super().__init__()
+        self.num_samples = _checks.integer("num_samples", num_samples, 1)
+        self.num_classes = _checks.num_classes(num_classes)
+        if dtype not in DTYPES:
+            names = ", ".join(str(d) for d in DTYPES)
+            raise ValueError(f"`dtype` must be one of {names}; got {dtype!r}.")
+        self.dtype = dtype
+        self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
+        self.path = None if path is None else os.path.abspath(os.fspath(path))
+        self.pinned = device is not None or path is not None
+        self._num_written = 0
+        home = torch.get_default_device() if device is None else torch.device(device)
+        if path is not None:
+            if device is not None and home.type != "cpu":
+                raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
+            home = torch.device("cpu")
+        self._allocate(home)
+
+    def _allocate(self, device: torch.device) -> None:
+        n, width = self.num_samples, self.top_k or self.num_classes
+        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (self.dtype, (n, width))}
+        if self.top_k is not None:
+            columns["classes"] = (_index_dtype(self.num_classes), (n, width))
+        columns["known"] = (torch.bool, (n,))
+        if self.path is None:
+            table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
+        else:
+            facts = {"num_samples": n, "num_classes": self.num_classes, "dtype": str(self.dtype), "top_k": self.top_k}
+            table = map_columns(self.path, facts, columns)
+        self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
+        self._last_write = torch.full((n,), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the ids `index` `(N,)`: probabilities `(N, C)` in float32, zero where never written, and a bool
+        `(N,)`, whether they were; both on the device of `index`."""
+        _checks.sample_index("index", index, None, self.num_samples)
+        probs, known = self._read(index.to(self.known.device))
+        return probs.to(index.device), known.to(index.device)
+
+    def _read(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        kept, known = self.rows.index_select(0, at).float(), self.known.index_select(0, at)
+        if self.classes is None:
+            return kept, known
+        # The kept probabilities, and what is missing to 1 spread evenly over the other classes.
+        total = rearrange(kept.sum(-1), "n -> n 1")
+        others = self.num_classes - kept.shape[-1]
+        kept = kept / (total.clamp_min(1.0) if others else total.clamp_min(torch.finfo(torch.float32).tiny))
+        rest = (1.0 - total).clamp_min(0.0) / max(others, 1) * rearrange(known, "n -> n 1")
+        probs = rest.expand(-1, self.num_classes).scatter(-1, self.classes.index_select(0, at).long(), kept)
+        return probs, known
+
+    @torch.no_grad()
+    def write(self, index: Tensor, probs: Tensor, *, keep: Tensor | None = None) -> None:
+        """Remember `probs` `(N, C)` for the ids `index` `(N,)`, where `keep` (bool `(N,)`, default all) is True.
+
+        Of equal ids in one call the last kept one wins, on every device. Raises `ValueError` where a kept row is no
+        distribution (checked on the CPU) and then changes nothing; on other devices the caller vouches for it.
+        """
+        self._check_write(index, probs, keep)
+        at, probs = index.to(self.known.device), probs.to(self.known.device)
+        order = torch.arange(self._num_written, self._num_written + len(at), device=at.device)
+        if keep is not None:
+            order = order.masked_fill(~keep.to(at.device), -1)
+        # Writes are numbered, and the highest number wins, so that equal ids need no order and dropped rows no branch.
+        self._last_write.scatter_reduce_(0, at, order, "amax")
+        winner = self._last_write.index_select(0, at) - self._num_written
+        self._num_written += len(at)
+        written = winner >= 0
+        new = probs.index_select(0, winner.clamp_min(0))
+        rows, known = self.rows.index_select(0, at), self.known.index_select(0, at)
+        kept, classes = self._encode(new, rows, known)
+        self.rows.index_copy_(0, at, torch.where(rearrange(written, "n -> n 1"), kept.to(self.dtype), rows))
+        if self.classes is not None and classes is not None:
+            old = self.classes.index_select(0, at)
+            self.classes.index_copy_(0, at, torch.where(rearrange(written, "n -> n 1"), classes.to(old.dtype), old))
+        self.known.index_copy_(0, at, known | written)
+
+    def _encode(self, new: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is stored for the probabilities `new`, given the stored `rows` and whether they are `known`."""
+        if self.top_k is None:
+            return new, None
+        kept, classes = new.topk(self.top_k, dim=-1)
+        return kept, classes
+
+    def _check_write(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
+        _checks.sample_index("index", index, None, self.num_samples, keep)
+        _checks.distributions("probs", probs, (len(index), self.num_classes), keep)
+        if keep is not None and (keep.dtype != torch.bool or keep.shape != index.shape):
+            raise ValueError(
+                f"`keep` must be a bool of the shape of `index`, {tuple(index.shape)}; got {keep.dtype} of shape "
+                f"{tuple(keep.shape)}."
+            )
+
+    def advance_epoch(self) -> None:
+        """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
+        if _distributed.active():
+            tables = [self.rows, self.known] + ([] if self.classes is None else [self.classes])
+            fresh = (self._last_write >= 0).nonzero().squeeze(-1)
+            for index, columns in _distributed.gather_rows(fresh, tables):
+                for table, rows in zip(tables, columns, strict=True):
+                    table.index_copy_(0, index, rows)
+        self._forget_writes()
+
+    def _forget_writes(self) -> None:
+        self._last_write.fill_(-1)
+        self._num_written = 0
+
+    def _after_load(self) -> None:
+        self._forget_writes()  # what is loaded here is loaded on every rank
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self if self.pinned else super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.path is None:
+            return self.__dict__
+        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "classes", "known")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.path is not None:  # pickled by reference to the file, which is opened here
+            last_write = self._last_write
+            self._allocate(torch.device("cpu"))
+            self._last_write = last_write
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of its own, in memory: two objects that write one file would not be copies."""
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo), path=None)
+        return clone
+
+    def extra_repr(self) -> str:
+        size = f"{self.num_samples}, {self.num_classes}, dtype={self.dtype}"
+        size += "" if self.top_k is None else f", top_k={self.top_k}"
+        return size + (f", device={self.known.device}" if self.path is None else f", path={self.path!r}")
+
+
+class CachedTargets(_Table):
+    r"""Keeps the newest prediction of every training sample: read in the next epoch, the previous epoch's.
+
+    Args:
+        num_samples: size of the training set; ids are `0 <= index < num_samples`.
+        num_classes: C, at least 2.
+        dtype: storage type: `torch.float16` (default), `bfloat16`, `float32` or `float64`. `read` gives float32.
+        device: where the rows live. None (default): the current default device, and they follow the loss's `to()`.
+            Given: there, whatever `to()` says (a CPU store for GPU training costs a copy each step).
+        top_k: keep only the k largest probabilities of a row (1 <= k <= C) and spread the mass that is left evenly
+            over the other classes, so that a row still sums to 1. Bytes a sample: k * (2 + index) instead of 2 * C.
+        path: keep the rows in this file, mapped into memory: created where there is none, reopened with what it holds
+            where there is. Always on the CPU; the processes of one machine share it.
+
+    State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
+    written by `write`, exchanged between ranks by `advance_epoch`. A deep copy of a store in a file is a store in
+    memory; a pickle refers to the file.
+
+    Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
+    nothing is changed then.
+
+    >>> store = CachedTargets(num_samples=4, num_classes=3)
+    >>> store.write(torch.tensor([2]), torch.tensor([[0.5, 0.25, 0.25]]))
+    >>> probs, known = store.read(torch.tensor([2, 0]))
+    >>> probs.tolist(), known.tolist()
+    ([[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]], [True, False])
+
+    Reference: Kim et al., *Self-Knowledge Distillation with Progressive Refinement of Targets* (PS-KD), 2021,
+    https://arxiv.org/abs/2006.12000, whose targets are the previous epoch's predictions.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        *,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        top_k: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(num_samples, num_classes, dtype, device, top_k, path)
+
+
+class EMATargets(_Table):
+    r"""Keeps an exponential moving average of every training sample's predictions.
+
+    $$\text{row} \leftarrow d\,\text{row} + (1-d)\,\text{prediction}$$
+
+    with $d$ = `decay`, starting from the first prediction, so that a row is a distribution from its first write on.
+
+    Args:
+        decay: share of the old row, 0..1 (default 0.9). 0 keeps the newest prediction, 1 the first one.
+        num_samples, num_classes, dtype, device, path: as in `CachedTargets`. In float16 a step smaller than 2**-11 of
+            a value is rounded away: take float32 for a decay above 0.99.
+
+    State and Raises: as in `CachedTargets`.
+
+    >>> store = EMATargets(num_samples=4, num_classes=2, decay=0.75)
+    >>> for p in (1.0, 0.0):
+    ...     store.write(torch.tensor([3]), torch.tensor([[p, 1 - p]]))
+    >>> store.read(torch.tensor([3]))[0].tolist()
+    [[0.75, 0.25]]
+
+    Reference: the moving average of a sample's predictions is the temporal ensembling of Laine and Aila, *Temporal
+    Ensembling for Semi-Supervised Learning*, 2017, https://arxiv.org/abs/1610.02242; we start from the first
+    prediction where they correct the bias of a start from zero.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        *,
+        decay: float = 0.9,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        decay = _checks.number("decay", decay, 0.0, 1.0)  # before a file is created
+        super().__init__(num_samples, num_classes, dtype, device, None, path)
+        self.decay = decay
+
+    def _encode(self, new: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+        precision = torch.promote_types(self.dtype, torch.float32)
+        new, rows = new.to(precision), rows.to(precision)
+        average = self.decay * rows + (1 - self.decay) * new
+        return torch.where(rearrange(known, "n -> n 1"), average, new), None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, decay={self.decay}"
+
+
+def _index_dtype(num_classes: int) -> torch.dtype:
+    for dtype in (torch.uint8, torch.int16):
+        if num_classes - 1 <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32

@@ -1,0 +1,70 @@
+"""The pre-trained model, kept as it is."""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from . import _checks
+from ._carrier import Carrier
+
+
+class FrozenTeacher(Carrier):
+    r"""A model that stays as it is: in eval mode for ever, without gradients, out of everybody's `parameters()`.
+
+    $$\text{teacher}(x) = \text{model}(x), \qquad \partial\,\text{teacher} = 0$$
+
+    `train()` does not wake it, so batch norm keeps its statistics and dropout stays off; `to()`, `cuda()` and
+    `double()` still move it. It can be an attribute of the module that is trained: an optimizer made from
+    `self.parameters()`, DDP, FSDP and the checkpoint do not see it.
+
+    Args:
+        model: the pre-trained `nn.Module`; for one in a wrapper (DDP), its `.module`.
+        copy: True (default): a deep copy is frozen and `model` is left alone. False: `model` itself is frozen, which
+            saves the memory and switches the caller's model to eval mode without gradients.
+        save: False (default): the weights are not in `state_dict()`, as they have a checkpoint of their own. True: they are.
+
+    Shape: whatever the model takes and returns.
+
+    State: none, or the model's with `save=True`.
+
+    Raises: `TypeError` for a model that is no `nn.Module`, or is a wrapper.
+
+    >>> model = torch.nn.Linear(4, 3)
+    >>> teacher = FrozenTeacher(model)
+    >>> teacher(torch.randn(2, 4)).requires_grad, len(list(teacher.parameters())), teacher.train().model.training
+    (False, 0, False)
+    """
+
+    _carried: ClassVar[tuple[str, ...]] = ("model",)
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, *, copy: bool = True, save: bool = False) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be an nn.Module (an instance); got {model!r}.")
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise TypeError(f"`model` must not be wrapped; got {type(model).__name__}. Pass `model.module`.")
+        self.model = copying.deepcopy(model) if _checks.boolean("copy", copy) else model
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._saved = ("model",) if _checks.boolean("save", save) else ()
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode of this module, not of the model in it."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, without a graph."""
+        if self.model.training:  # woken from outside, which copy=False makes possible
+            self.model.eval()
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.model).__name__}, save={bool(self._saved)}"
