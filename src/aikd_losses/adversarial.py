@@ -6,6 +6,7 @@ import ctypes
 import io
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -269,7 +270,7 @@ class AdversarialDistributionLoss(Carrier):
                 )
             x = x.to(parameter.dtype)
         args = (x,) if condition is None else (x, condition)
-        with torch.autocast(x.device.type, enabled=False):  # scores and their gradients need the precision
+        with _no_autocast(x.device.type):  # scores and their gradients need the precision
             scores: Tensor = functional_call(self.discriminator, state, args)
         if scores.shape not in ((len(x),), (len(x), 1)):
             raise ValueError(
@@ -340,6 +341,12 @@ class AdversarialDistributionLoss(Carrier):
             f"temperature={self.temperature}, penalty={self.penalty}, optimizer={optimizer}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}"
         )
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _check_optimizer(optimizer: object, discriminator: nn.Module) -> None:

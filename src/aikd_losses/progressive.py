@@ -170,8 +170,7 @@ class ProgressiveKD(Carrier):
     def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
         logits = (functional.rows(student_logits, axis, mask) / self.temperature).flatten(0, -2)
         probs, keep = torch.softmax(logits, -1), functional.finite_rows(logits)
-        at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
-        at = at.flatten()
+        at = _ids(index, mask)
         if mask is not None:
             keep = keep & mask.flatten()
         if isinstance(self.targets, _Table):
@@ -245,8 +244,10 @@ class ProgressiveKD(Carrier):
 
     def _read(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stored rows, class axis last, and whether they are known, where the logits are."""
-        at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
-        probs, known = self.targets.read(at.flatten())
+        at = _ids(index, mask)
+        if isinstance(self.targets, _Table):
+            at = at.to(self.targets.known.device)  # the rows travel once, from the store to the logits
+        probs, known = self.targets.read(at)
         shape = _checks.positions(student_logits, axis)
         wanted = (index.numel(), student_logits.shape[axis])
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
@@ -286,6 +287,11 @@ class ProgressiveKD(Carrier):
             f"alpha={self.alpha_schedule!r}, temperature={self.temperature}, reduction={self.reduction!r}, "
             f"class_dim={self.class_dim}"
         )
+
+
+def _ids(index: Tensor, mask: Tensor | None) -> Tensor:
+    """Flat ids; what stands at masked positions may be none, and becomes 0."""
+    return index.flatten() if mask is None else index.to(mask.device).masked_fill(~mask, 0).flatten()
 
 
 def _nothing_to_do() -> None:

@@ -1,0 +1,64 @@
+"""Every code block of the documentation runs: README.md, docs/ and the docstrings of src/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import aikd_losses
+
+
+class DiffParser(CodeBlockParser):
+    """Runs a ```diff block twice: as it was before the change, and after it."""
+
+    language = "diff"
+
+    def evaluate(self, example: Example) -> None:
+        for sign in "-+":
+            lines = [line[1:] for line in example.parsed.splitlines() if line[:1] in (sign, " ")]
+            exec(compile("\n".join(lines), example.path, "exec"), example.namespace)
+
+
+def _small_world(namespace: dict[str, Any]) -> None:
+    """What the reader of a page has already: a data set, a pre-trained model, a fresh one and its optimizer."""
+    torch.manual_seed(0)
+    train_set = TensorDataset(torch.randn(64, 8), torch.randint(10, (64,)))
+    model, pretrained = nn.Linear(8, 10), nn.Linear(8, 10)
+    namespace.update(
+        torch=torch,
+        nn=nn,
+        F=nn.functional,
+        DataLoader=DataLoader,
+        train_set=train_set,
+        loader=DataLoader(train_set, batch_size=32),
+        model=model,
+        pretrained=pretrained,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), DiffParser()],
+    patterns=["README.md", "docs/*.md"],
+    setup=_small_world,
+    fixtures=["checkpoint"],
+).pytest()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.pt"
+
+
+@pytest.fixture(autouse=True)
+def _names_of_docstrings(doctest_namespace: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    doctest_namespace.update({name: getattr(aikd_losses, name) for name in aikd_losses.__all__}, torch=torch)

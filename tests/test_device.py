@@ -1,0 +1,85 @@
+"""No step waits for its device: here the meta device stands in for one, as nothing can be read from it.
+
+A `.item()`, a branch on a value, a boolean index or a copy to the host raises on it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aikd_losses import (
+    AdversarialDistributionLoss,
+    AIKDLoss,
+    CachedTargets,
+    DeterministicKD,
+    EMATargets,
+    GradientPenalty,
+    MLPDiscriminator,
+    ProgressiveKD,
+    ZeroCenteredPenalty,
+)
+
+META = torch.device("meta")
+N, C = 6, 5
+
+
+@pytest.fixture
+def tensors():
+    return {
+        "student_logits": torch.randn(N, C, device=META, requires_grad=True),
+        "teacher_logits": torch.randn(N, C, device=META),
+        "target": torch.zeros(N, dtype=torch.int64, device=META),
+        "index": torch.zeros(N, dtype=torch.int64, device=META),
+        "mask": torch.ones(N, dtype=torch.bool, device=META),
+    }
+
+
+def test_reading_a_value_on_the_stand_in_raises(tensors):
+    with pytest.raises(RuntimeError):
+        tensors["target"].max().item()
+    with pytest.raises(NotImplementedError):
+        tensors["target"].cpu()
+    with pytest.raises(NotImplementedError):
+        tensors["target"][tensors["mask"]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, masked):
+    criterion = AIKDLoss(num_samples=20, num_classes=C, num_epochs=3).to(META)
+    if not masked:
+        del tensors["mask"]
+    total, values = criterion(**tensors)
+    assert total.is_meta
+    assert all(value.is_meta for value in values.values())
+    total.backward()
+    tensors.pop("target")
+    criterion.update(**tensors)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_every_divergence_reads_nothing_from_the_device(tensors, divergence):
+    loss = DeterministicKD(divergence=divergence)
+    loss(tensors["student_logits"], tensors["teacher_logits"], mask=tensors["mask"]).backward()
+    assert tensors["student_logits"].grad.shape == (N, C)
+
+
+@pytest.mark.parametrize(
+    "store", [CachedTargets(20, C), CachedTargets(20, C, top_k=2), EMATargets(20, C)], ids=["cached", "top_k", "ema"]
+)
+def test_every_store_is_read_and_written_without_reading_the_device(tensors, store):
+    loss = ProgressiveKD(store).to(META)
+    loss(tensors["student_logits"], tensors["target"], index=tensors["index"], mask=tensors["mask"]).backward()
+    loss.update(tensors["student_logits"], index=tensors["index"], mask=tensors["mask"])
+    blended = loss(tensors["student_logits"], index=tensors["index"], partner_index=tensors["index"], mix_lambda=0.3)
+    assert blended.is_meta
+
+
+@pytest.mark.parametrize("objective", ["non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"])
+@pytest.mark.parametrize("penalty", [None, GradientPenalty(10.0), ZeroCenteredPenalty(1.0)])
+def test_every_objective_and_penalty_reads_nothing_from_the_device(tensors, objective, penalty):
+    discriminator = MLPDiscriminator(C)
+    loss = AdversarialDistributionLoss(discriminator, objective=objective, penalty=penalty).to(META)
+    logits = tensors["student_logits"], tensors["teacher_logits"]
+    loss(*logits, mask=tensors["mask"]).backward()
+    assert loss.discriminator_loss(*logits, mask=tensors["mask"]).is_meta
