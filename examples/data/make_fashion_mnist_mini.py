@@ -33,9 +33,7 @@ def main(source: Path) -> None:
                 chosen.append(i)
         size = rows * columns
         pixels = b"".join(images[16 + i * size : 16 + (i + 1) * size] for i in chosen)
-        write(
-            HERE / f"{part}-images-idx3-ubyte.gz", struct.pack(">4I", 0x803, len(chosen), rows, columns) + pixels
-        )
+        write(HERE / f"{part}-images-idx3-ubyte.gz", struct.pack(">4I", 0x803, len(chosen), rows, columns) + pixels)
         write(
             HERE / f"{part}-labels-idx1-ubyte.gz",
             struct.pack(">2I", 0x801, len(chosen)) + bytes(labels[i] for i in chosen),
