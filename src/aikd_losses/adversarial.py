@@ -129,12 +129,12 @@ class AdversarialDistributionLoss(Carrier):
         # The discriminator as it is now: no gradient reaches it, and no later step disturbs this graph.
         state = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
         score = partial(self._score, {name: x.detach().clone() for name, x in state}, condition)
-        student_scores = score(self._rows(student_logits, axis, mask))
         teacher_scores = None
-        if self.objective.paired:
-            with torch.no_grad():
-                teacher_scores = score(self._rows(teacher_logits, axis, mask))
-        values = self.objective.student(student_scores, teacher_scores)
+        with _no_autocast(student_logits.device.type):
+            student_scores = score(self._rows(student_logits, axis, mask))
+            if self.objective.paired:
+                teacher_scores = score(self._rows(teacher_logits.detach(), axis, mask))
+            values = self.objective.student(student_scores, teacher_scores)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
     if TYPE_CHECKING:
@@ -162,12 +162,9 @@ class AdversarialDistributionLoss(Carrier):
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
         buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-        values = self._discriminator_values(
-            buffers,
-            self._rows(student_logits, axis, mask).detach(),
-            self._rows(teacher_logits, axis, mask).detach(),
-            condition,
-        )
+        student, teacher = (self._rows(x.detach(), axis, mask) for x in (student_logits, teacher_logits))
+        with _no_autocast(student.device.type):
+            values = self._discriminator_values(buffers, student, teacher, condition)
         shape = _checks.positions(student_logits, axis)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
@@ -225,11 +222,11 @@ class AdversarialDistributionLoss(Carrier):
         finite = functional.finite_rows(student) & functional.finite_rows(teacher)
         counts = finite if mask is None else finite & mask
         student, teacher = (self._seen(x.masked_fill(~counts.unsqueeze(-1), 0.0)) for x in (student, teacher))
-        values = self._discriminator_values({}, student, teacher, condition)
-        total = functional.reduce_positions(values, counts.flatten(), "sum")
-
         parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
-        slopes = torch.autograd.grad(total, parameters, allow_unused=True)
+        with _no_autocast(student.device.type):
+            values = self._discriminator_values({}, student, teacher, condition)
+            total = functional.reduce_positions(values, counts.flatten(), "sum")
+            slopes = torch.autograd.grad(total, parameters, allow_unused=True)
         optimizer.zero_grad(set_to_none=True)  # leaves out what is not ours
         used = [(p, slope) for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
         # Sums and counts over ranks, so that the mean is over all rows, however many each rank has.
@@ -261,36 +258,30 @@ class AdversarialDistributionLoss(Carrier):
 
     def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
         """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
-        parameter = next(self.discriminator.parameters(), None)
-        if parameter is not None:
-            if x.device != parameter.device:
-                raise ValueError(
-                    f"`student_logits` are on {x.device}, the discriminator is on {parameter.device}. Move the loss with "
-                    f"`.to({str(x.device)!r})`."
-                )
-            x = x.to(parameter.dtype)
-        args = (x,) if condition is None else (x, condition)
-        with _no_autocast(x.device.type):  # scores and their gradients need the precision
-            scores: Tensor = functional_call(self.discriminator, state, args)
+        parameter = next(self.discriminator.parameters(), x)
+        shown = x.to(parameter.dtype)
+        scores: Tensor = functional_call(
+            self.discriminator, state, (shown,) if condition is None else (shown, condition)
+        )
         if scores.shape not in ((len(x),), (len(x), 1)):
             raise ValueError(
                 f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
                 f"{tuple(x.shape)}; got {tuple(scores.shape)}."
             )
-        scores = scores.flatten()
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores.flatten().to(x.dtype)
 
     def _rows(self, logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         return self._seen(functional.rows(logits, axis, mask))
 
     def _seen(self, logits: Tensor) -> Tensor:
-        """What the discriminator is shown, `(rows, C)`, of logits with the class axis last."""
+        """What the discriminator is shown, `(rows, C)`, of logits with the class axis last; in its precision, float32 at
+        least."""
         x = logits.flatten(0, -2) / self.temperature
-        if self.inputs == "probs":
-            return torch.softmax(x, -1)
-        if self.inputs == "log_probs":
-            x = torch.log_softmax(x, -1)
-        return x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
+        x = torch.softmax(x, -1) if self.inputs == "probs" else x
+        x = torch.log_softmax(x, -1) if self.inputs == "log_probs" else x
+        x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
+        precision = next(self.discriminator.parameters(), x).dtype
+        return x.to(torch.promote_types(precision, torch.float32))
 
     def _check(
         self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
@@ -299,6 +290,12 @@ class AdversarialDistributionLoss(Carrier):
         axis = _checks.logits(student_logits, self.class_dim)
         _checks.like_logits("teacher_logits", teacher_logits, student_logits)
         _checks.mask(mask, student_logits, axis)
+        home = next(self.discriminator.parameters(), student_logits).device
+        if home != student_logits.device:
+            raise ValueError(
+                f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
+                f"the loss with `.to({str(student_logits.device)!r})`."
+            )
         if condition is None:
             return axis, None
         shape = _checks.positions(student_logits, axis)
@@ -344,6 +341,7 @@ class AdversarialDistributionLoss(Carrier):
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Scores, and above all their gradients, need the precision."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
