@@ -44,7 +44,6 @@ def _small_world(namespace: dict[str, Any]) -> None:
     )
 
 
-
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), DiffParser()],
     patterns=["README.md", "docs/*.md"],

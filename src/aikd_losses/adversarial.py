@@ -305,9 +305,14 @@ class AdversarialDistributionLoss(Carrier):
         return axis, condition.flatten(0, len(shape) - 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = list(self.discriminator.parameters())
         super()._apply(fn, recurse)
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
+            state = self.optimizer.state_dict()
+            now = dict(zip(map(id, before), self.discriminator.parameters(), strict=True))
+            for group in self.optimizer.param_groups:  # a move can make new parameters of the old ones
+                group["params"] = [now[id(p)] for p in group["params"]]
+            self.optimizer.load_state_dict(state)  # which moves it to its parameters
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

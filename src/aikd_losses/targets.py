@@ -171,6 +171,13 @@ class _Table(Carrier):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.path is not None:  # columns of one file are views of one memory, which torch.save cannot tell apart
+            for name in self._saved:
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].clone()
+
     def __getstate__(self) -> dict[str, Any]:
         if self.path is None:
             return self.__dict__

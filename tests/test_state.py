@@ -1,0 +1,460 @@
+"""What is state, who changes it and when, and that nothing of it is lost."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from aikd_losses import (
+    AdversarialDistributionLoss,
+    AIKDLoss,
+    CachedTargets,
+    DeterministicKD,
+    EMATargets,
+    FrozenTeacher,
+    LinearRamp,
+    MLPDiscriminator,
+    ProgressiveKD,
+)
+
+N, C, BATCH = 16, 4, 8
+X, Y = torch.randn(N, 6, generator=torch.Generator().manual_seed(0)), torch.arange(N) % C
+
+
+def network():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, C))
+
+
+def pretrained():
+    torch.manual_seed(8)
+    return FrozenTeacher(nn.Linear(6, C))
+
+
+def build(num_epochs=6, spectral_norm=False, targets=None):
+    torch.manual_seed(9)
+    return AIKDLoss(
+        N, C, num_epochs, discriminator=MLPDiscriminator(C, hidden=(8,), spectral_norm=spectral_norm), targets=targets
+    )
+
+
+def adversarial(**settings):
+    discriminator = MLPDiscriminator(C, hidden=(8,))
+    adam = torch.optim.Adam(discriminator.parameters(), lr=0.05)
+    return AdversarialDistributionLoss(discriminator, optimizer=adam, **settings)
+
+
+def train(model, optimizer, criterion, epochs, update="after", teacher=None):
+    """`epochs` of a whole loop, each with randomness of its own; `update` says where `criterion.update` stands."""
+    teacher = teacher or pretrained()
+    gradients = []
+    for epoch in epochs:
+        torch.manual_seed(100 + epoch)
+        for index in torch.randperm(N).split(BATCH):
+            s, t = model(X[index]), teacher(X[index])
+            given = dict(student_logits=s, teacher_logits=t, index=index)
+            loss, _ = criterion(**given, target=Y[index])
+            optimizer.zero_grad()
+            if update == "before":
+                criterion.update(**given)
+            loss.backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            if update == "between":
+                criterion.update(**given)
+            optimizer.step()
+            if update == "after":
+                criterion.update(**given)
+        criterion.advance_epoch()
+    return gradients
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------ hidden from wrappers
+
+
+def test_store_discriminator_and_teacher_are_found_by_no_wrapper():
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.criterion, self.teacher = network(), build(), pretrained()
+
+    everything = Everything()
+    discriminator = everything.criterion.terms["adversarial"].discriminator
+    assert len(list(everything.parameters())) == len(list(everything.model.parameters()))
+    assert len(list(everything.buffers())) == len(list(everything.model.buffers()))
+    assert discriminator not in list(everything.modules())
+    assert everything.teacher.model not in list(everything.modules())
+    assert list(everything.criterion.parameters()) == list(everything.criterion.buffers()) == []
+    assert list(everything.teacher.state_dict()) == []
+
+
+def test_what_is_saved_are_facts_and_not_what_follows_from_them():
+    state = build().state_dict()
+    assert {
+        "epoch",
+        "terms.progressive.epoch",
+        "terms.progressive.targets.rows",
+        "terms.progressive.targets.known",
+        "terms.adversarial.discriminator.layers.0.weight",
+        "terms.adversarial.optimizer_state",
+    } <= set(state)
+    assert state["epoch"].dtype == state["terms.progressive.epoch"].dtype == torch.int64
+    assert state["terms.adversarial.optimizer_state"].dtype == torch.uint8
+    assert not [name for name in state if "alpha" in name or "weights" in name]
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+@pytest.mark.parametrize("cast", ["double", "bfloat16", "half"])
+def test_a_cast_reaches_the_discriminator_and_its_optimizer_and_never_store_alpha_or_epoch(cast):
+    criterion = build()
+    train(network(), sgd(network()), criterion, range(2))
+    progressive, loss = criterion.terms["progressive"], criterion.terms["adversarial"]
+    rows, alpha = progressive.targets.rows.clone(), progressive.alpha.clone()
+    getattr(criterion, cast)()
+    dtype = next(loss.discriminator.parameters()).dtype
+    assert dtype == getattr(torch, {"double": "float64", "half": "float16"}.get(cast, cast))
+    state = list(loss.optimizer.state.values())
+    assert len(state) == len(list(loss.discriminator.parameters()))
+    assert all(moments["exp_avg"].dtype == dtype for moments in state)
+    assert all(p in loss.optimizer.state for p in loss.discriminator.parameters())
+    assert same(progressive.targets.rows, rows)
+    assert same(progressive.alpha, alpha)
+    assert progressive.alpha.dtype == torch.float64
+    assert progressive.epoch.dtype == criterion.epoch.dtype == torch.int64
+    if cast == "double":
+        train(network(), sgd(network()), criterion, range(2, 3))
+
+
+def test_a_checkpoint_loaded_before_the_move_moves_with_the_discriminator():
+    criterion = build()
+    train(network(), sgd(network()), criterion, range(1))
+    fresh = build()
+    fresh.load_state_dict(criterion.state_dict())
+    fresh.to("meta")
+    loss = fresh.terms["adversarial"]
+    assert all(moments["exp_avg"].is_meta for moments in loss.optimizer.state.values())
+    assert all(p.is_meta for p in loss.discriminator.parameters())
+    assert fresh.terms["progressive"].targets.rows.is_meta
+    assert fresh.terms["progressive"].alpha.is_meta
+    assert fresh.epoch.is_meta
+    held = {id(p) for group in loss.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in loss.discriminator.parameters()} == {id(p) for p in loss.optimizer.state}
+
+
+def test_train_and_eval_reach_the_discriminator():
+    criterion = build()
+    discriminator = criterion.terms["adversarial"].discriminator
+    criterion.eval()
+    assert not discriminator.training
+    criterion.train()
+    assert discriminator.training
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("targets", [None, lambda: EMATargets(N, C), lambda: CachedTargets(N, C, top_k=2)])
+def test_resumed_training_is_uninterrupted_training_bit_for_bit(targets, tmp_path):
+    def start():
+        model = network()
+        return model, sgd(model), build(targets=targets and targets())
+
+    straight = start()
+    train(*straight, range(5))
+
+    first = start()
+    train(*first, range(2))
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    second = start()
+    for part, state in zip(second, torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*second, range(2, 5))
+
+    for a, b in zip(straight, second, strict=True):
+        assert same(a.state_dict(), b.state_dict())
+    ours, theirs = (c.terms["adversarial"].optimizer.state_dict() for c in (straight[2], second[2]))
+    assert same(ours, theirs)
+    assert same(straight[2].terms["progressive"].alpha, second[2].terms["progressive"].alpha)
+
+
+def test_schedules_are_worked_out_anew_so_that_a_longer_run_resumes_right():
+    short, long = build(num_epochs=4), build(num_epochs=10)
+    train(network(), sgd(network()), short, range(3))
+    long.load_state_dict(short.state_dict())
+    assert float(long.terms["progressive"].alpha) == pytest.approx(0.8 * 4 / 10)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_a_copy_of_a_criterion_is_whole_and_independent(copied, spectral_norm):
+    criterion = build(spectral_norm=spectral_norm)
+    train(network(), sgd(network()), criterion, range(2))
+    before = copy.deepcopy(criterion.state_dict())
+    clone = copied(criterion)
+    assert same(clone.state_dict(), before)
+    model, other = network(), network()
+    train(other, sgd(other), clone, range(2, 4))
+    assert same(criterion.state_dict(), before)
+    train(model, sgd(model), criterion, range(2, 4))
+    assert same(clone.state_dict(), criterion.state_dict())
+    assert same(model.state_dict(), other.state_dict())
+
+
+# ------------------------------------------------------------------------------------- update, wherever it stands
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_update_before_or_after_backward_and_step_is_the_same_bit_for_bit(spectral_norm):
+    runs = {}
+    for where in ("before", "between", "after"):
+        model, criterion = network(), build(spectral_norm=spectral_norm)
+        gradients = train(model, sgd(model), criterion, range(3), update=where)
+        runs[where] = (gradients, model.state_dict(), criterion.state_dict())
+    assert same(runs["before"], runs["after"])
+    assert same(runs["between"], runs["after"])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_update_inside_autocast_is_the_same_step(inside):
+    torch.manual_seed(3)
+    loss = AIKDLoss(N, C, 2).terms["adversarial"]
+    s, t = torch.randn(2, 8, C)
+    twin = copy.deepcopy(loss)
+    torch.manual_seed(4)
+    loss.update(s, t)
+    torch.manual_seed(4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        twin.update(s, t)
+    assert same(dict(loss.discriminator.named_parameters()), dict(twin.discriminator.named_parameters()))
+
+
+def test_update_under_no_grad_trains_the_discriminator_all_the_same():
+    loss = adversarial()
+    before = copy.deepcopy(loss.discriminator.state_dict())
+    with torch.no_grad():
+        loss.update(*torch.randn(2, 8, C))
+    assert not same(before, dict(loss.discriminator.state_dict()))
+
+
+# --------------------------------------------------------------------------------------------- who moves the discriminator
+
+
+@pytest.mark.parametrize("objective", ["non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"])
+def test_the_students_loss_leaves_neither_gradient_nor_buffer_on_the_discriminator(objective):
+    discriminator = nn.Sequential(nn.Linear(C, 8), nn.BatchNorm1d(8), MLPDiscriminator(8, spectral_norm=True))
+    loss = AdversarialDistributionLoss(discriminator, objective=objective)
+    buffers = copy.deepcopy(dict(discriminator.named_buffers()))
+    s, t = torch.randn(8, C, requires_grad=True), torch.randn(8, C, requires_grad=True)
+    loss(s, t).backward()
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert all(p.requires_grad for p in discriminator.parameters())
+    assert same(buffers, dict(discriminator.named_buffers()))
+    assert s.grad.abs().sum() > 0
+    assert t.grad is None
+    loss.discriminator_loss(s.detach().requires_grad_(), t).backward()
+    assert same(buffers, dict(discriminator.named_buffers()))
+    assert t.grad is None
+
+
+def test_update_moves_parameters_and_buffers_and_leaves_no_gradient():
+    discriminator = nn.Sequential(nn.Linear(C, 8), nn.BatchNorm1d(8), MLPDiscriminator(8, spectral_norm=True))
+    loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
+    before = copy.deepcopy(discriminator.state_dict())
+    s = torch.randn(8, C, requires_grad=True)
+    value = loss.update(s, torch.randn(8, C))
+    after = discriminator.state_dict()
+    assert not any(same(before[k], after[k]) for k in ("0.weight", "1.running_mean", "2.layers.0.left"))
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert s.grad is None
+    assert not value.requires_grad
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_a_students_optimizer_that_wrongly_holds_the_discriminator_moves_nothing_of_it(optimizer):
+    def run(wrongly):
+        model, criterion = network(), build()
+        held = list(criterion.terms["adversarial"].discriminator.parameters()) if wrongly else []
+        train(model, optimizer([*model.parameters(), *held]), criterion, range(3))
+        return model.state_dict(), criterion.state_dict()
+
+    assert same(run(wrongly=True), run(wrongly=False))
+
+
+def test_rows_with_nan_or_inf_are_not_shown_to_the_discriminator():
+    s, t = torch.randn(8, C), torch.randn(8, C)
+    clean = adversarial()
+    spoilt = copy.deepcopy(clean)
+    kept = torch.tensor([0, 1, 3, 4, 6])
+    s[2, 0], t[5, 1], s[7] = torch.nan, torch.inf, -torch.inf
+    expected = clean.update(s[kept], t[kept])
+    torch.testing.assert_close(spoilt.update(s, t), expected)
+    for a, b in zip(spoilt.discriminator.parameters(), clean.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_discriminator_may_be_conditional():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.label, self.score = nn.Embedding(C, 3), nn.Linear(C + 3, 1)
+
+        def forward(self, x, condition):
+            return self.score(torch.cat([x, self.label(condition)], -1))
+
+    discriminator = Conditional()
+    loss = AdversarialDistributionLoss(
+        discriminator, objective="non_saturating", optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1)
+    )
+    s, t, y = torch.randn(8, C), torch.randn(8, C), torch.arange(8) % C
+    mask = torch.arange(8) < 6
+    masked = y.masked_fill(~mask, -100)  # which no embedding has
+    expected = F.softplus(-discriminator(s.softmax(-1), y))[:6].mean()
+    torch.testing.assert_close(loss(s, t, mask=mask, condition=masked), expected)
+    before = discriminator.label.weight.clone()
+    loss.update(s, t, mask=mask, condition=masked)
+    assert not same(before, discriminator.label.weight)
+
+
+# ------------------------------------------------------------------------------------------------------- epochs, warnings
+
+
+def progressive(**settings):
+    return ProgressiveKD(CachedTargets(N, C), alpha=LinearRamp(0.8, 4), **settings)
+
+
+def test_alpha_follows_the_epoch_and_a_number_says_which():
+    loss = progressive()
+    seen = [float(loss.alpha)]
+    for epoch in (None, 1, None, 2, 3, 3):  # 1 and 3 are there already
+        loss.update(torch.randn(1, C), index=torch.tensor([0]))
+        loss.advance_epoch(epoch)
+        seen.append(float(loss.alpha))
+    assert seen == pytest.approx([0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8])
+    assert int(loss.epoch) == 3
+
+
+def test_alpha_out_of_range_in_a_later_epoch_changes_nothing():
+    loss = ProgressiveKD(CachedTargets(N, C), alpha=lambda epoch: 0.6 * (epoch + 1))
+    loss.update(torch.randn(1, C), index=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"`alpha\(1\)` must be in the interval \[0, 1\]; got 1.2"):
+        loss.advance_epoch()
+    assert int(loss.epoch) == 0
+    assert float(loss.alpha) == pytest.approx(0.6)
+
+
+def test_an_epoch_without_an_update_is_warned_of():
+    loss = progressive()
+    with pytest.warns(UserWarning, match="nothing was written since the last time"):
+        loss.advance_epoch()
+    loss.update(torch.randn(2, C), index=torch.tensor([1, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.advance_epoch()
+        loss.advance_epoch(2)  # there already
+
+
+def test_updates_without_an_epoch_are_warned_of_once():
+    loss = progressive()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            loss.update(torch.randn(N, C), index=torch.arange(N))
+    assert len(caught) == 1
+    assert "since the last `advance_epoch`" in str(caught[0].message)
+
+
+def test_without_ids_and_for_blended_inputs_nothing_is_written():
+    loss = progressive()
+    loss.update(torch.randn(2, C), index=None)
+    loss.update(torch.randn(2, C), index=torch.tensor([0, 1]), partner_index=torch.tensor([1, 0]))
+    assert not loss.targets.known.any()
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_frozen_teacher_does_not_wake(copied):
+    model = network()
+    teacher = FrozenTeacher(model, copy=copied)
+    whole = nn.ModuleDict({"student": nn.Linear(6, C), "teacher": teacher})
+    before = copy.deepcopy(teacher.model.state_dict())
+    for wake in (whole.train, lambda: model.train() if not copied else None):
+        wake()
+        x = torch.randn(8, 6, requires_grad=True)
+        assert not teacher(x).requires_grad
+        assert not teacher.model.training
+    assert same(before, dict(teacher.model.state_dict()))  # batch norm's statistics among it
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert all(p.requires_grad for p in model.parameters()) == copied
+    assert len(list(whole.parameters())) == 2
+    assert [name for name in whole.state_dict() if name.startswith("teacher")] == []
+
+
+def test_a_frozen_teacher_is_moved_and_saved_on_request():
+    model = network()
+    teacher = FrozenTeacher(model, save=True)
+    fresh = FrozenTeacher(nn.Sequential(*[copy.deepcopy(layer) for layer in network()]), save=True)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        fresh.model[0].weight.zero_()
+    fresh.load_state_dict(teacher.state_dict())
+    x = torch.randn(3, 6)
+    assert same(fresh(x), teacher(x))
+    assert teacher.double()(x.double()).dtype == torch.float64
+    assert teacher.to("meta").model[0].weight.is_meta
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({})
+
+
+def test_an_ema_of_the_weights_as_a_progressive_teacher():
+    """The recipe of the guide: torch's AveragedModel predicts, DeterministicKD matches it."""
+    model = network()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True).eval()
+    distill, optimizer = DeterministicKD(temperature=1.0), sgd(model)
+    by_hand = None
+    for step in range(6):
+        index = torch.arange(N)[step % 2 :: 2]
+        logits = model(X[index])
+        with torch.no_grad():
+            average_logits = average(X[index])
+        loss = 0.5 * F.cross_entropy(logits, Y[index]) + 0.5 * distill(logits, average_logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+        weight = model[0].weight.detach().clone()
+        by_hand = weight if by_hand is None else 0.5 * by_hand + 0.5 * weight
+    torch.testing.assert_close(average.module[0].weight, by_hand)
+    assert not average.module[1].training
+    assert all(p.grad is None for p in average.parameters())
+    fresh = AveragedModel(network(), multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True).eval()
+    fresh.load_state_dict(average.state_dict())
+    assert same(fresh(X), average(X))

@@ -1,0 +1,325 @@
+"""The stores: what is kept, where, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+
+from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore
+
+N, C = 10, 4
+STORES = {
+    "cached": lambda **kw: CachedTargets(N, C, **kw),
+    "top_k": lambda **kw: CachedTargets(N, C, top_k=2, **kw),
+    "ema": lambda **kw: EMATargets(N, C, decay=0.5, **kw),
+}
+
+
+def rows(*seeds):
+    return torch.stack([torch.randn(C, generator=torch.Generator().manual_seed(s)).softmax(-1) for s in seeds])
+
+
+def contents(store):
+    return {name: value.clone() for name, value in store.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ours_are_target_stores():
+    for build in STORES.values():
+        assert isinstance(build(), TargetStore)
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_a_row_that_was_never_written_is_zero_and_not_known(build):
+    store = build()
+    store.write(torch.tensor([3]), rows(0))
+    probs, known = store.read(torch.tensor([2, 3]))
+    assert known.tolist() == [False, True]
+    assert probs[0].tolist() == [0.0] * C
+    assert probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_of_equal_ids_in_one_write_the_last_kept_one_wins(build):
+    many, one = build(dtype=torch.float32), build(dtype=torch.float32)
+    many.write(torch.tensor([5, 1, 5, 5, 1]), rows(0, 1, 2, 3, 4), keep=torch.tensor([True, True, True, False, False]))
+    one.write(torch.tensor([5, 1]), rows(2, 1))
+    assert_same(contents(many), contents(one))
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_a_dropped_row_stays_as_it_was(build):
+    store = build()
+    store.write(torch.tensor([5]), rows(0))
+    before = contents(store)
+    store.write(torch.tensor([5, 6]), rows(1, 2), keep=torch.tensor([False, False]))
+    assert_same(contents(store), before)
+
+
+def test_the_newest_prediction_replaces_the_one_before():
+    store = CachedTargets(N, C, dtype=torch.float32)
+    store.write(torch.tensor([5, 6]), rows(0, 1))
+    store.write(torch.tensor([6]), rows(2))
+    assert torch.equal(store.read(torch.tensor([5, 6]))[0], rows(0, 2))
+
+
+def test_bytes_a_sample():
+    wide = CachedTargets(N, 1000, top_k=16)
+    assert wide.rows.element_size() * 16 + wide.classes.element_size() * 16 == 64  # 82 MB for ImageNet-1k
+    assert CachedTargets(N, 200, top_k=16).classes.dtype == torch.uint8
+    assert CachedTargets(N, 40_000, top_k=16).classes.dtype == torch.int32
+    assert CachedTargets(N, 1000).rows.element_size() == 2
+
+
+@pytest.mark.parametrize("num_classes", [256, 257, 32768, 32769])
+def test_the_last_class_fits_the_type_of_the_classes(num_classes):
+    store = CachedTargets(2, num_classes, top_k=1)
+    probs = torch.zeros(1, num_classes)
+    probs[0, -1] = 1.0
+    store.write(torch.tensor([0]), probs)
+    assert int(store.read(torch.tensor([0]))[0].argmax()) == num_classes - 1
+
+
+# ---------------------------------------------------------------------------------------------------------- in a file
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_a_file_is_created_and_reopened_with_what_it_holds(build, tmp_path):
+    path = tmp_path / "targets.bin"
+    memory, mapped = build(), build(path=path)
+    for store in (memory, mapped):
+        store.write(torch.tensor([1, 7]), rows(0, 1))
+        store.write(torch.tensor([7]), rows(2))
+    assert_same(contents(mapped), contents(memory))
+    again = build(path=path)
+    assert_same(contents(again), contents(memory))
+    again.write(torch.tensor([2]), rows(3))
+    assert mapped.read(torch.tensor([2]))[1].item()  # the same file
+    assert mapped.known.device.type == "cpu"
+
+
+def other_stores(path):
+    return {
+        "num_samples=10, not 11": lambda: CachedTargets(N + 1, C, path=path),
+        "num_classes=4, not 5": lambda: CachedTargets(N, C + 1, path=path),
+        "dtype='torch.float16', not 'torch.float32'": lambda: CachedTargets(N, C, dtype=torch.float32, path=path),
+        "top_k=None, not 2": lambda: CachedTargets(N, C, top_k=2, path=path),
+    }
+
+
+@pytest.mark.parametrize("difference", other_stores(None))
+def test_a_file_of_another_store_is_refused_and_left_as_it_is(difference, tmp_path):
+    path = tmp_path / "targets.bin"
+    CachedTargets(N, C, path=path).write(torch.tensor([1]), rows(0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"`path` must hold the store that is asked for") as error:
+        other_stores(path)[difference]()
+    assert difference in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 9000, b"[1, 2]", b'{"format": "something else"}'])
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(content, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"`path` must be a file of targets; .*notes.txt' is something else"):
+        CachedTargets(N, C, path=path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_length_is_refused_and_left_as_it_is(change, tmp_path):
+    path = tmp_path / "targets.bin"
+    CachedTargets(N, C, path=path)
+    content = path.read_bytes()
+    content = content[:change] if change < 0 else content + b"\x00"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"`path` must be a whole file of \d+ bytes"):
+        CachedTargets(N, C, path=path)
+    assert path.read_bytes() == content
+
+
+def _open_and_write(path, barrier, i):
+    barrier.wait()
+    CachedTargets(N, C, path=path).write(torch.tensor([i]), rows(i))
+
+
+def test_processes_that_create_a_file_at_once_share_one(tmp_path):
+    path = tmp_path / "targets.bin"
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    workers = [context.Process(target=_open_and_write, args=(path, barrier, i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert CachedTargets(N, C, path=path).known.tolist() == [True] * 4 + [False] * 6
+    assert [p.name for p in tmp_path.iterdir()] == ["targets.bin"]
+
+
+def test_a_missing_folder_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        CachedTargets(N, C, path=tmp_path / "nowhere" / "targets.bin")
+
+
+# ---------------------------------------------------------------------------------------------------- state and copies
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_state_survives_a_file_and_safetensors(build, mapped, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    store = build(path=tmp_path / "rows.bin") if mapped else build()
+    store.write(torch.tensor([1, 7]), rows(0, 1))
+    torch.save(store.state_dict(), tmp_path / "a.pt")
+    save_file({k: v.clone() for k, v in store.state_dict().items()}, tmp_path / "a.safetensors")
+    for state in (torch.load(tmp_path / "a.pt", weights_only=True), load_file(tmp_path / "a.safetensors")):
+        fresh = build()
+        fresh.load_state_dict(state)
+        assert_same(contents(fresh), contents(store))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [CachedTargets(N + 1, C), CachedTargets(N, C + 1), CachedTargets(N, C, dtype=torch.float32)],
+    ids=["samples", "classes", "dtype"],
+)
+def test_a_checkpoint_of_another_store_is_refused_and_nothing_is_loaded(other):
+    store = CachedTargets(N, C)
+    store.write(torch.tensor([1]), rows(0))
+    before = contents(store)
+    with pytest.raises(RuntimeError, match=r"`rows` in the checkpoint is torch.float\d+ of shape .*; here it is"):
+        store.load_state_dict(other.state_dict())
+    assert_same(contents(store), before)
+
+
+def test_a_checkpoint_with_another_top_k_is_refused():
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"classes\""):
+        CachedTargets(N, C, top_k=2).load_state_dict(CachedTargets(N, C).state_dict())
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_deep_copy_is_independent(build, mapped, tmp_path):
+    path = tmp_path / "rows.bin"
+    store = build(path=path) if mapped else build()
+    store.write(torch.tensor([1]), rows(0))
+    clone = copy.deepcopy(store)
+    before = contents(store)
+    assert_same(contents(clone), before)
+    clone.write(torch.tensor([1, 2]), rows(3, 4))
+    assert_same(contents(store), before)
+    assert clone.path is None
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_a_pickle_holds_the_rows_or_refers_to_the_file(build, tmp_path):
+    path = tmp_path / "rows.bin"
+    for store in (build(), build(path=path)):
+        store.write(torch.tensor([1]), rows(0))
+        again = pickle.loads(pickle.dumps(store))
+        assert_same(contents(again), contents(store))
+        again.write(torch.tensor([2]), rows(1))
+        assert store.known[2].item() == (store.path is not None)
+
+
+def test_a_store_follows_to_in_device_alone_unless_its_place_was_given(tmp_path):
+    free, pinned, mapped = (
+        CachedTargets(N, C),
+        CachedTargets(N, C, device="cpu"),
+        CachedTargets(N, C, path=tmp_path / "x"),
+    )
+    for store in (free, pinned, mapped):
+        store.to("meta")
+        store.double()
+        assert store.rows.dtype == torch.float16
+    assert free.rows.is_meta
+    assert free.known.is_meta
+    assert not pinned.rows.is_meta
+    assert not mapped.rows.is_meta
+
+
+def test_a_store_made_on_meta_becomes_an_empty_one():
+    with torch.device("meta"):
+        store = CachedTargets(N, C)
+    assert store.rows.is_meta
+    store.to_empty(device="cpu")
+    assert not store.read(torch.arange(N))[1].any()
+
+
+def test_rows_shared_in_memory_are_shared():
+    store = CachedTargets(N, C)
+    assert not store.rows.is_shared()
+    store.share_memory()
+    assert store.rows.is_shared()
+
+
+# ------------------------------------------------------------------------------------------------------ through a loss
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_with_nan_or_inf_is_not_written_and_spoils_no_other(build, bad):
+    spoilt, clean = ProgressiveKD(build()), ProgressiveKD(build())
+    logits = torch.randn(4, C)
+    index = torch.tensor([0, 3, 3, 5])
+    for loss in (spoilt, clean):
+        loss.update(torch.ones(1, C), index=torch.tensor([5]))
+    clean.update(logits[:2], index=index[:2])
+    logits[2:, 1] = bad  # the second of the id 3, and the only one of the id 5
+    spoilt.update(logits, index=index)
+    assert_same(contents(spoilt.targets), contents(clean.targets))
+
+
+def test_a_class_at_minus_infinity_is_written_with_probability_zero():
+    loss = ProgressiveKD(CachedTargets(N, C))
+    loss.update(torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]), index=torch.tensor([1]))
+    probs, known = loss.targets.read(torch.tensor([1]))
+    assert known.item()
+    torch.testing.assert_close(probs, torch.tensor([[1, 1, 0, 1]]) / 3, rtol=1e-3, atol=0)
+
+
+class Recording:
+    """A user's own store: what was asked of it."""
+
+    def __init__(self):
+        self.reads, self.writes, self.advances = [], [], 0
+
+    def read(self, index):
+        self.reads.append(index)
+        return torch.full((len(index), C), 1 / C), torch.ones(len(index), dtype=torch.bool)
+
+    def write(self, index, probs):
+        self.writes.append((index, probs))
+
+    def advance_epoch(self):
+        self.advances += 1
+
+
+def test_a_store_of_the_users_own_gets_flat_ids_without_masked_and_spoilt_rows():
+    store = Recording()
+    loss = ProgressiveKD(store, alpha=0.5, class_dim=-1)
+    logits = torch.randn(2, 3, C)
+    logits[1, 2] = torch.nan
+    index = torch.tensor([[4, 1, -100], [7, 4, 8]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    loss.update(logits, index=index, mask=mask)
+    (ids, probs), *_ = store.writes
+    assert ids.tolist() == [4, 1, 7, 4]
+    torch.testing.assert_close(probs, logits.softmax(-1).flatten(0, 1)[[0, 1, 3, 4]])
+    value = loss(logits[:1], torch.zeros(1, 3, dtype=torch.int64), index=index[:1], mask=mask[:1])
+    assert store.reads[0].shape == (3,)
+    soft = torch.cat([0.5 * torch.eye(C)[:1] + 0.5 / C] * 2)
+    torch.testing.assert_close(value, -(soft * logits[0, :2].log_softmax(-1)).sum(-1).mean())
+    loss.advance_epoch()
+    assert store.advances == 1
