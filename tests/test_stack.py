@@ -139,7 +139,7 @@ def test_a_stack_is_extended_through_its_public_parts(given):
     method = AIKDLoss(N, C, 4)
     stack = LossStack({**method.terms, "feature": Feature()}, weights={**method.weights, "feature": 0.1})
     given["student_feature"] = torch.ones(5)
-    total, values = stack(**given)
+    total, _ = stack(**given)
     expected, _ = method(**{k: v for k, v in given.items() if k != "student_feature"})
     torch.testing.assert_close(total, expected + 0.1 * 10)
     stack.update(**given)

@@ -33,7 +33,7 @@ class IndexedDataset(Dataset[Any]):
         if isinstance(dataset, IterableDataset):
             raise TypeError(
                 "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights as the "
-                "progressive teacher (docs/recipes.md)."
+                "progressive teacher (docs/guide.md)."
             )
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise TypeError(f"`dataset` must have __getitem__ and __len__; got {type(dataset).__name__}.")

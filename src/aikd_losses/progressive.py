@@ -199,13 +199,16 @@ class ProgressiveKD(Carrier):
         """
         self._advance(epoch, set())
 
+    def _planned_epoch(self, epoch: int | None) -> tuple[int, float]:
+        """The epoch that `advance_epoch(epoch)` leads to, and its alpha, or the reason why it is refused."""
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        return to, schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
+
     def _advance(self, epoch: int | None, advanced: set[int]) -> None:
         """`advance_epoch`, but a store in `advanced` is left alone: terms may share one."""
-        now = int(self.epoch)
-        to = now + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        if epoch is not None and to == now:
+        to, alpha = self._planned_epoch(epoch)
+        if epoch is not None and to == int(self.epoch):
             return
-        alpha = schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
         if self._rows_seen == 0:
             warnings.warn(
                 "`advance_epoch` was called, but nothing was written since the last time: call "

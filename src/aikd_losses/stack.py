@@ -200,6 +200,9 @@ class LossStack(Carrier):
         """
         to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
         weights = self._weights_at(to)
+        for term in self.terms.values():  # all are checked before any is advanced
+            if isinstance(term, ProgressiveKD):
+                term._planned_epoch(epoch)
         advanced: set[int] = set()
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
