@@ -117,6 +117,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("label_noise", "alpha"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name.replace('_', '-')} must be between 0 and 1; got {getattr(args, name)}.")
+    if not args.weight_decay >= 0:
+        stop(f"--weight-decay must not be negative; got {args.weight_decay}.")
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        stop(f"--data-dir {args.data_dir} is no folder.")
     if args.resume and args.overwrite:
         stop("--resume and --overwrite exclude each other.")
     return args
@@ -334,9 +338,10 @@ def build_criterion(args: argparse.Namespace, num_samples: int, num_classes: int
         return full
     terms: dict[str, nn.Module] = {name: full.terms[name] for name in args.terms}
     weights = {name: full.weights[name] for name in args.terms}
-    label_term = "progressive" if "progressive" in terms else "cross_entropy"
-    terms.setdefault("cross_entropy", nn.CrossEntropyLoss()) if label_term == "cross_entropy" else None
-    weights[label_term] = 0.5 if "deterministic" in terms else 1.0
+    of_labels = "progressive" if "progressive" in terms else "cross_entropy"  # progressive takes its place
+    if of_labels == "cross_entropy":
+        terms[of_labels] = nn.CrossEntropyLoss()
+    weights[of_labels] = 0.5 if "deterministic" in terms else 1.0
     return LossStack(terms, weights=weights)
 
 
@@ -364,13 +369,14 @@ class Run:
         return {name: value for name, value in sorted(vars(self.args).items()) if name not in free}
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, criterion: LossStack) -> None:
-        """After an epoch; the file is replaced in one step, so there is always a whole one."""
+        """After an epoch, which counts once it is saved; the file is replaced in one step, so there is always a whole one."""
         if self.rank:
+            self.epoch += 1
             return
         state = {
             "settings": json.dumps(self.settings()),
             "phase": self.phase,
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "teacher": self.teacher_state,
             "history": json.dumps(self.history),
             "model": model.state_dict(),
@@ -380,6 +386,7 @@ class Run:
         path = self.args.out / "checkpoint.pt"
         torch.save(state, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
+        self.epoch += 1
         self.log()
 
     def log(self, result: dict[str, Any] | None = None) -> None:
@@ -468,7 +475,9 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
                 sums[term] = sums.get(term, 0) + value
             progress.advance(task)
         criterion.advance_epoch()
-        run.epoch = epoch + 1
+        terms = {term: float(value) / steps for term, value in sums.items()}
+        if not all(map(math.isfinite, terms.values())):
+            stop(f"training diverged in epoch {epoch + 1} of the {name}. Pass a smaller --lr (now {args.lr}).")
         if run.rank == 0:
             seconds = time.perf_counter() - start
             held = measure(predict(model, data.validation[0], data, args), data.validation[1])
@@ -477,19 +486,17 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
                 "epoch": epoch,
                 **measure(predict(model, data.test[0], data, args), data.test[1]),
                 "validation_accuracy": held["accuracy"],
-                "terms": {term: float(value) / steps for term, value in sums.items()},
+                "terms": terms,
                 "seconds": seconds,
             }
             run.history = [*(run.history or []), record]
-            terms = "  ".join(f"{term} {value:.3f}" for term, value in record["terms"].items())
+            values = "  ".join(f"{term} {value:.3f}" for term, value in terms.items())
             run.console.print(
                 f"{name:>11} {epoch + 1:3d}/{args.epochs}  accuracy {record['accuracy']:5.2f}%  NLL {record['nll']:.3f}  "
-                f"ECE {record['ece']:5.2f}%  {terms}  ({seconds:.1f} s)",
+                f"ECE {record['ece']:5.2f}%  {values}  ({seconds:.1f} s)",
                 highlight=False,
                 soft_wrap=True,
             )
-            if not all(math.isfinite(value) for value in record["terms"].values()):
-                stop(f"training diverged in epoch {epoch + 1} of the {name}. Pass a smaller --lr (now {args.lr}).")
         run.save(model, optimizer, criterion)
     return model
 
@@ -519,23 +526,24 @@ def report(run: Run, models: dict[str, nn.Module]) -> None:
     plot(run, diagrams)
 
     plain, student = results["pre-trained"], results["student"]
-    noise = f", {args.label_noise:.0%} of the training labels wrong" if args.label_noise else ""
-    table = Table(title=f"{args.dataset}, {args.model}, {len(data.train[0])} training images{noise}, seed {args.seed}")
-    table.add_column(f"test, {len(data.test[0])} images")
+    noise = f", {args.label_noise:.0%} wrong labels" if args.label_noise else ""
+    table = Table(title=f"{args.dataset}, {args.model}, {len(data.train[0])} images{noise}, seed {args.seed}")
+    table.add_column(f"{len(data.test[0])} test images")
     table.add_column("plain cross-entropy\n(the pre-trained model)", justify="right")
-    table.add_column("student\n" + (" + ".join(args.terms) or "cross-entropy"), justify="right")
+    table.add_column("student\n" + ("\n+ ".join(args.terms) or "cross-entropy"), justify="right")
     table.add_column("difference", justify="right")
     for label, key, form in (
         ("accuracy, %", "accuracy", ".2f"),
         ("NLL, nats", "nll", ".3f"),
-        ("NLL after temperature scaling", "nll_scaled", ".3f"),
+        ("NLL, scaled", "nll_scaled", ".3f"),
         ("ECE, %", "ece", ".2f"),
-        ("ECE after temperature scaling", "ece_scaled", ".2f"),
-        ("temperature (fitted on validation)", "temperature", ".2f"),
+        ("ECE, scaled", "ece_scaled", ".2f"),
+        ("scaling temperature", "temperature", ".2f"),
         ("training, s", "seconds", ".1f"),
     ):
         table.add_row(label, f"{plain[key]:{form}}", f"{student[key]:{form}}", f"{student[key] - plain[key]:+{form}}")
     run.console.print(table)
+    run.console.print("[dim]scaled: after dividing the logits by the temperature that suits the validation images[/]")
     run.console.print(f"[dim]{args.out / 'curves.png'}, {args.out / 'log.jsonl'}[/]")
 
 
