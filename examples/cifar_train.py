@@ -21,6 +21,7 @@ RESULTS
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import logging
@@ -369,14 +370,13 @@ class Run:
         return {name: value for name, value in sorted(vars(self.args).items()) if name not in free}
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, criterion: LossStack) -> None:
-        """After an epoch, which counts once it is saved; the file is replaced in one step, so there is always a whole one."""
+        """After an epoch; the file is replaced in one step, so there is always a whole one."""
         if self.rank:
-            self.epoch += 1
             return
         state = {
             "settings": json.dumps(self.settings()),
             "phase": self.phase,
-            "epoch": self.epoch + 1,
+            "epoch": self.epoch,
             "teacher": self.teacher_state,
             "history": json.dumps(self.history),
             "model": model.state_dict(),
@@ -386,7 +386,6 @@ class Run:
         path = self.args.out / "checkpoint.pt"
         torch.save(state, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
-        self.epoch += 1
         self.log()
 
     def log(self, result: dict[str, Any] | None = None) -> None:
@@ -475,6 +474,7 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
                 sums[term] = sums.get(term, 0) + value
             progress.advance(task)
         criterion.advance_epoch()
+        run.epoch = epoch + 1
         terms = {term: float(value) / steps for term, value in sums.items()}
         if not all(map(math.isfinite, terms.values())):
             stop(f"training diverged in epoch {epoch + 1} of the {name}. Pass a smaller --lr (now {args.lr}).")
@@ -626,14 +626,18 @@ def main(argv: list[str] | None = None) -> None:
                 run.phase, run.epoch, saved = 2, 0, None
             student = train_phase(run, progress, saved)
     except KeyboardInterrupt:
-        name = "pre-trained model" if run.phase == 1 else "student"
-        run.console.print(f"Interrupted; {run.epoch} epochs of the {name} are saved. Go on with --resume.")
+        path = args.out / "checkpoint.pt"
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else dict(phase=1, epoch=0)
+        name = "pre-trained model" if saved["phase"] == 1 else "student"
+        run.console.print(f"Interrupted; saved: epoch {saved['epoch']} of the {name}. Go on with --resume.")
         sys.exit(130)
     if rank == 0:
         pretrained = new_model(run)
         pretrained.load_state_dict(run.teacher_state or {})
         report(run, {"pre-trained": pretrained, "student": student})
     if world > 1:
+        dist.barrier()  # the others wait for the report
+        gc.collect()  # DDP holds the process group in a cycle; left to the interpreter's exit, gloo may abort
         dist.destroy_process_group()
 
 

@@ -93,6 +93,20 @@ def test_both_phases_log_every_epoch_and_the_result(whole):
         assert result[name]["nll_scaled"] <= result[name]["nll"] + 0.01
 
 
+def test_the_temperature_is_fitted_to_the_validation_images_and_applied_to_the_test_images(whole):
+    out, (_, _, result) = whole
+    args = example.parse([*SMALL, "--out", str(out)])
+    data, saved = example.load(args), checkpoint(out)
+    for name, weights in (("pre-trained", saved["teacher"]), ("student", saved["model"])):
+        model = example.mlp(1, 28, 10)
+        model.load_state_dict(weights)
+        held, logits = (example.predict(model, part[0], data, args) for part in (data.validation, data.test))
+        temperature = result[name]["temperature"]
+        assert temperature == example.fit_temperature(held, data.validation[1]) != 1.0
+        nll = nn.functional.cross_entropy(logits / temperature, data.test[1])
+        assert result[name]["nll_scaled"] == pytest.approx(nll.item())
+
+
 def test_a_png_and_a_checkpoint_are_left(whole):
     out, _ = whole
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -158,10 +172,9 @@ def test_ctrl_c_loses_at_most_the_running_epoch(tmp_path):
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "are saved. Go on with --resume." in said
     assert "Traceback" not in errors
     saved = checkpoint(tmp_path)
-    assert f"{saved['epoch']} epochs of the" in said
+    assert f"Interrupted; saved: epoch {saved['epoch']} of the pre-trained model. Go on with --resume." in said
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=True)
     assert f" {saved['epoch'] + 1}/40" in done.stdout
     assert len(records(tmp_path)[1]) == 80
