@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example check lint types wheel clean
+.PHONY: test example example-seeds check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ test: .venv/ready            ## everything that is tested: mathematics, modules,
 
 example: .venv/ready         ## the full method, both phases, on the embedded images
 	$(BIN)/python examples/cifar_train.py --out runs/example --overwrite $(ARGS)
+
+example-seeds: .venv/ready   ## the example over seeds and weight decays; writes benchmarks/results/
+	$(BIN)/python benchmarks/example_seeds.py $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

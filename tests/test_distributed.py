@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import traceback
@@ -71,6 +72,7 @@ def _process(rank, world, rendezvous, work, queue):
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
         queue.put((rank, pickle.dumps(work(rank))))  # by value: the process is about to end
         dist.barrier()
+        gc.collect()  # DDP is a cycle that holds the process group
         dist.destroy_process_group()
     except BaseException:
         queue.put((rank, traceback.format_exc()))

@@ -459,3 +459,22 @@ def test_an_incomplete_folder_of_idx_files_is_one_line(idx_folder, tmp_path, cap
 def test_a_missing_gpu_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU is to be had. Pass --device cpu." in refused(["--device", "cuda", "--out", str(tmp_path)], capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------- over seeds
+
+
+def test_the_summary_over_seeds_is_that_of_its_runs(tmp_path, monkeypatch, capsys):
+    seeds = load_script(ROOT / "benchmarks" / "example_seeds.py")
+    run_one, written = seeds.run, tmp_path / "results.json"
+    monkeypatch.setattr(seeds, "run", lambda script, argv: run_one(script, [*SMALL, *argv]))
+    monkeypatch.setattr(sys, "argv", ["seeds", "--seeds", "3", "--weight-decays", "1e-3", "--out", str(written)])
+    seeds.main()
+    runs = json.loads(written.read_text())["runs"]
+    assert [(r["weight_decay"], r["seed"]) for r in runs] == [(0.001, 0), (0.001, 1), (0.001, 2)]
+    gains = np.array([r["student"]["accuracy"] - r["pre-trained"]["accuracy"] for r in runs])
+    nll = np.array([r["student"]["nll_scaled"] - r["pre-trained"]["nll_scaled"] for r in runs])
+    table = capsys.readouterr().out
+    assert f"{gains.mean():+.2f} ± {gains.std(ddof=1) / 3**0.5:.2f}" in table
+    assert f"{nll.mean():+.3f} ± {nll.std(ddof=1) / 3**0.5:.3f}" in table
+    assert f"{(gains > 0).sum()}, {(nll < 0).sum()} of 3" in table
