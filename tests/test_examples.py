@@ -162,7 +162,7 @@ def without_times(saved):
 
 @pytest.mark.slow
 def test_ctrl_c_loses_at_most_the_running_epoch(tmp_path):
-    command = [sys.executable, str(SCRIPT), *SMALL, "--epochs", "40", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), *SMALL, "--epochs", "40", "--lr", "0.02", "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint.pt").exists():

@@ -191,12 +191,12 @@ def test_a_mask_is_the_subset_whatever_stands_behind_it(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("size", [6, 0])
-def test_nothing_to_count_gives_a_zero_with_a_graph(name, size):
+@pytest.mark.parametrize(("size", "masked"), [(6, True), (0, True), (0, False)])
+def test_nothing_to_count_gives_a_zero_with_a_graph(name, size, masked):
     loss = all_losses()[name]
     s, t = torch.randn(2, size, 5)
     s.requires_grad_()
-    mask = torch.zeros(size, dtype=torch.bool)
+    mask = torch.zeros(size, dtype=torch.bool) if masked else None
     value = call(loss, s, t, torch.zeros(size, dtype=torch.int64), torch.arange(size), mask)
     assert value == 0
     value.backward()

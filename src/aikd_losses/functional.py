@@ -7,12 +7,10 @@ and float64 for float64 logits, whatever autocast says.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _soft_targets
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
@@ -43,18 +41,22 @@ def deterministic_kd(
     axis = _checks.logits(student_logits, class_dim)
     _checks.like_logits("teacher_logits", teacher_logits, student_logits)
     _checks.mask(mask, student_logits, axis)
-    student = rows(student_logits, axis, mask)
-    teacher = rows(teacher_logits.detach(), axis, mask).to(student.dtype)
+    student, teacher = _visible(student_logits, axis, mask), _visible(teacher_logits.detach(), axis, mask)
+    if divergence == "forward_kl" and _soft_targets.usable():
+        value = _soft_targets.kl_divergence(student, teacher, temperature)
+        return reduce_positions(value, mask, reduction)
 
+    student = _soft_targets.wide(student)
+    teacher = teacher.to(student.dtype)
     log_q = torch.log_softmax(student / temperature, -1)
     log_p = torch.log_softmax(teacher / temperature, -1)
     if divergence == "forward_kl":
-        value = _kl(log_p, log_q)
+        value = _soft_targets.kl_of_logs(log_p, log_q)
     elif divergence == "reverse_kl":
-        value = _kl(log_q, log_p)
+        value = _soft_targets.kl_of_logs(log_q, log_p)
     else:
         log_m = _log(beta * log_p.exp() + (1 - beta) * log_q.exp())
-        value = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+        value = beta * _soft_targets.kl_of_logs(log_p, log_m) + (1 - beta) * _soft_targets.kl_of_logs(log_q, log_m)
     return reduce_positions(temperature**2 * value, mask, reduction)
 
 
@@ -87,19 +89,38 @@ def progressive_kd(
     _checks.mask(mask, student_logits, axis)
     if target is not None:
         _checks.class_target(target, student_logits, axis, mask)
-    student = rows(student_logits, axis, mask)
-    previous = previous.detach().movedim(axis, -1).to(student.dtype)
-    a = alpha.to(student.dtype) if isinstance(alpha, Tensor) else alpha
+    student = _visible(student_logits, axis, mask)
+    previous = previous.detach().movedim(axis, -1).to(_soft_targets.wide_type(student))
+    a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
     if known is not None:
-        a = a * known.to(student.dtype)
+        a = a * known.to(previous.dtype)
         previous = previous.masked_fill(~known.unsqueeze(-1), 0.0)
 
-    log_q = torch.log_softmax(student, -1)
-    log_q_soft = log_q if temperature == 1.0 else torch.log_softmax(student / temperature, -1)
-    value = a * temperature**2 * _soft_cross_entropy(previous, log_q_soft)
+    analytic = _soft_targets.usable(alpha, target)
+    if target is not None and temperature == 1.0 and analytic:
+        return reduce_positions(
+            _soft_targets.cross_entropy(student, _blend(previous, target, a, axis, mask), 1.0), mask, reduction
+        )
+    if analytic:
+        soft = _soft_targets.cross_entropy(student, previous, temperature)
+    else:
+        soft = temperature**2 * _soft_cross_entropy(
+            previous, torch.log_softmax(_soft_targets.wide(student) / temperature, -1)
+        )
+    value = a * soft
     if target is not None:
-        value = value + (1 - a) * _cross_entropy(target, log_q, axis, mask)
+        value = value + (1 - a) * _cross_entropy(target, torch.log_softmax(_soft_targets.wide(student), -1), axis, mask)
     return reduce_positions(value, mask, reduction)
+
+
+def _blend(previous: Tensor, target: Tensor, a: float | Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    r"""$(1-a)\,y + a\,\text{previous}$, without a one-hot of class indices."""
+    share = (a if isinstance(a, Tensor) else previous.new_tensor(a)).expand(previous.shape[:-1]).unsqueeze(-1)
+    if target.is_floating_point():
+        return torch.lerp(target.movedim(axis, -1).to(previous.dtype), previous, share)
+    if mask is not None:
+        target = target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
+    return (previous * share).scatter_add_(-1, target.unsqueeze(-1), 1 - share)
 
 
 def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
@@ -113,7 +134,7 @@ def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Ten
         return values.sum()
     if mask is not None:
         return values.sum() / mask.sum().clamp_min(1)
-    return values.sum() / max(values.numel(), 1)
+    return values.mean() if values.numel() else values.sum()
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -133,17 +154,12 @@ def check_divergence(divergence: str, beta: float) -> None:
 
 def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
     """The logits, float32 at least, class axis last; uniform where masked, so that no NaN there reaches a gradient."""
-    x = logits.movedim(axis, -1)
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return _soft_targets.wide(_visible(logits, axis, mask))
+
+
+def _visible(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    x = logits if axis == logits.ndim - 1 else logits.movedim(axis, -1)  # each node of the graph costs a microsecond
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""$\sum p\,(\log p - \log q)$. A class with p = 0 counts 0, one with p > 0 = q counts inf, also where p is so small
-    that float32 rounds it to 0 (hence the smallest normal number: 0 * inf would be NaN)."""
-    log_ratio = (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)
-    p = log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny)
-    return (p * log_ratio).sum(-1)
 
 
 def _log(p: Tensor) -> Tensor:

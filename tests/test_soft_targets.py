@@ -1,0 +1,197 @@
+"""The analytic gradient: the same numbers as the plain composition in float64, with less kept, for small rows and large."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aikd_losses import _soft_targets
+from aikd_losses.functional import deterministic_kd, progressive_kd
+
+
+def usual(s, t, temperature):
+    log_q, p = F.log_softmax(s / temperature, -1), F.softmax(t / temperature, -1)
+    return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+
+
+def published(s, previous, target, alpha, temperature):
+    soft = -(previous * F.log_softmax(s / temperature, -1)).sum(-1).mean()
+    return (1 - alpha) * F.cross_entropy(s, target) + alpha * temperature**2 * soft
+
+
+@pytest.fixture(params=["kept", "anew"])
+def way(request, monkeypatch):
+    """Whether q - p is kept for the backward pass or computed anew, then in blocks of two rows."""
+    if request.param == "anew":
+        monkeypatch.setattr(_soft_targets, "LARGE", 0)
+        monkeypatch.setattr(_soft_targets, "BLOCK", 20)
+    return request.param
+
+
+def with_gradient(loss, s):
+    s = s.detach().requires_grad_()
+    value = loss(s)
+    return value.detach(), *torch.autograd.grad(value, s)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_float32_is_float64_within_a_millionth(way, temperature, scale):
+    """Also at high temperatures, where the usual composition in float32 loses three digits."""
+    g = torch.Generator().manual_seed(1)
+    s, t = scale * torch.randn(128, 10, generator=g), scale * torch.randn(128, 10, generator=g)
+    expected, slope = with_gradient(lambda x: usual(x, t.double(), temperature), s.double())
+    value, found = with_gradient(lambda x: deterministic_kd(x, t, temperature=temperature), s)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    assert (found - slope).abs().max() <= 1e-5 * slope.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_progressive_is_the_published_rule(way, temperature, soft):
+    s, target = torch.randn(7, 5).double(), torch.arange(7) % 5
+    previous = 0.97 * torch.randn(7, 5).double().softmax(-1)  # as rounding leaves it: the sum is not quite 1
+    target = torch.randn(7, 5).double().softmax(-1) if soft else target
+    expected = with_gradient(lambda x: published(x, previous, target, 0.3, temperature), s)
+    found = with_gradient(lambda x: progressive_kd(x, previous, target, alpha=0.3, temperature=temperature), s)
+    torch.testing.assert_close(found, expected)
+    alone = with_gradient(lambda x: progressive_kd(x, previous, alpha=0.3, temperature=temperature), s)
+    without = with_gradient(
+        lambda x: published(x, previous, target, 0.3, temperature) - 0.7 * F.cross_entropy(x, target), s
+    )
+    torch.testing.assert_close(alone, without)
+
+
+def test_a_row_without_history_has_no_gradient_from_it(way):
+    s, previous, known = (
+        torch.randn(5, 4),
+        torch.randn(5, 4).softmax(-1),
+        torch.tensor([True, False, True, True, False]),
+    )
+    _, slope = with_gradient(lambda x: progressive_kd(x, previous, alpha=0.5, known=known, temperature=2.0), s)
+    expected = 2.0 * 0.5 * ((s / 2).softmax(-1) - previous) / 5
+    torch.testing.assert_close(slope, expected * known[:, None])
+
+
+def test_a_teacher_of_another_precision_is_widened_and_not_the_student_narrowed(way):
+    s, t = torch.randn(5, 4).double(), torch.randn(5, 4)
+    expected = with_gradient(lambda x: deterministic_kd(x, t.double()), s)
+    torch.testing.assert_close(with_gradient(lambda x: deterministic_kd(x, t), s), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_other_devices_compute_is_the_same():
+    s, t = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    here = _soft_targets._kl_block(s, t, 2.0)
+    there = _soft_targets._careful((s / 2).log_softmax(-1), (t / 2).log_softmax(-1))
+    torch.testing.assert_close(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_half_precision_logits_is_that_of_float32_rounded_once(way, dtype):
+    s, t = torch.randn(64, 200).to(dtype), torch.randn(64, 200).to(dtype)
+    expected, slope = with_gradient(lambda x: usual(x, t.double(), 4.0), s.double())
+    value, found = with_gradient(lambda x: deterministic_kd(x, t), s)
+    assert value.dtype == torch.float32
+    assert found.dtype == dtype
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert (found.double() - slope).abs().max() <= torch.finfo(dtype).eps * slope.abs().max()
+
+
+def test_second_derivatives_are_right(way):
+    s, t = torch.randn(3, 4).double().requires_grad_(), torch.randn(3, 4).double()
+    target = torch.tensor([0, 3, 1])
+    for loss in (
+        lambda x: deterministic_kd(x, t, temperature=2.0, reduction="none"),
+        lambda x: progressive_kd(x, t.softmax(-1), alpha=0.4, temperature=2.0, reduction="none"),
+        lambda x: progressive_kd(x, t.softmax(-1), target, alpha=0.4, reduction="none"),
+    ):
+        assert torch.autograd.gradcheck(loss, s)
+        assert torch.autograd.gradgradcheck(loss, s)
+
+
+def test_functional_transforms_see_the_same_loss():
+    s, t = torch.randn(6, 2, 4), torch.randn(6, 2, 4)
+    rows = [with_gradient(lambda x, t=t: deterministic_kd(x, t), s) for s, t in zip(s, t, strict=True)]
+    slopes, values = torch.func.vmap(torch.func.grad_and_value(deterministic_kd))(s, t)
+    torch.testing.assert_close(values, torch.stack([value for value, _ in rows]))
+    torch.testing.assert_close(slopes, torch.stack([slope for _, slope in rows]), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learned", ["alpha", "target"])
+def test_a_gradient_for_alpha_or_a_soft_target_is_not_lost(learned):
+    s, previous = torch.randn(3, 4), torch.randn(3, 4).softmax(-1)
+    alpha = torch.tensor(0.3, requires_grad=learned == "alpha")
+    target = torch.randn(3, 4).softmax(-1).requires_grad_(learned == "target")
+    value = progressive_kd(s, previous, target, alpha=alpha)
+    log_q = s.log_softmax(-1)
+    expected = {"alpha": ((target - previous) * log_q).sum(-1).mean(), "target": -0.7 * log_q / 3}[learned]
+    (found,) = torch.autograd.grad(value, alpha if learned == "alpha" else target)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("excluded", [(True, True), (True, False), (False, True)])
+def test_a_class_at_minus_infinity_in_one_row_is_right_and_spoils_no_other(way, excluded):
+    s, t = torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    where = torch.zeros(4, 5, dtype=torch.bool)
+    where[1, 2] = True
+    s, t = (x.masked_fill(where, -math.inf) if out else x for x, out in zip((s, t), excluded, strict=True))
+    x = s.clone().requires_grad_()
+    values = deterministic_kd(x, t, temperature=2.0, reduction="none")
+    others = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(
+        values[others], deterministic_kd(s[others], t[others], temperature=2.0, reduction="none")
+    )
+    q, p = (s[1] / 2).softmax(-1).tolist(), (t[1] / 2).softmax(-1).tolist()
+    terms = [0.0 if b == 0 else math.inf if a == 0 else b * math.log(b / a) for a, b in zip(q, p, strict=True)]
+    assert float(values[1].detach()) == pytest.approx(4 * sum(terms))
+    values.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * ((s / 2).softmax(-1) - (t / 2).softmax(-1)))
+
+
+def kept(loss, s):
+    """The value, and the memory that autograd keeps for the backward pass: address -> bytes."""
+    seen = {}
+
+    def pack(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = loss(s)
+    return value, seen
+
+
+def test_less_is_kept_for_the_backward_pass(way):
+    s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)
+    previous, target = t.softmax(-1), torch.zeros(100, dtype=torch.int64)
+    copy = s.numel() * 4
+    for loss, copies in (
+        (lambda x: deterministic_kd(x, t), 1),
+        (lambda x: progressive_kd(x, previous, alpha=0.5), 1),
+        (lambda x: progressive_kd(x, previous, target, alpha=0.5), 2),  # and the blended target
+    ):
+        _, seen = kept(loss, s)
+        extra = sum(n for at, n in seen.items() if at not in {x.untyped_storage().data_ptr() for x in (s, t, previous)})
+        assert extra <= (copies if way == "kept" else copies - 1) * copy + 100 * 8
+    _, seen = kept(lambda x: usual(x, t, 4.0), s)
+    assert sum(seen.values()) == 2 * copy  # what it is compared with
+
+
+def test_a_tensor_changed_in_place_before_the_backward_pass_is_an_error(way):
+    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    value = deterministic_kd(s * 1.0, t)
+    t.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_a_gradient_may_be_taken_twice(way):
+    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    value = deterministic_kd(s, t)
+    value.backward(retain_graph=True)
+    first = s.grad.clone()
+    value.backward()
+    torch.testing.assert_close(s.grad, 2 * first)
