@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds check lint types wheel clean
+.PHONY: test example example-seeds benchmark check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ example: .venv/ready         ## the full method, both phases, on the embedded im
 
 example-seeds: .venv/ready   ## the example over seeds and weight decays; writes benchmarks/results/
 	$(BIN)/python benchmarks/example_seeds.py $(ARGS)
+
+benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -55,10 +55,11 @@ class _SoftTargets(torch.autograd.Function):
         if student.numel() > LARGE:
             ctx.save_for_backward(student, teacher)
             parts = [block(s, t, temperature)[0] for s, t in _blocks(student, teacher)]
-            return torch.cat(parts).view(student.shape[:-1]).mul_(temperature**2)
-        value, slope = block(student, teacher, temperature)
-        ctx.save_for_backward(student, teacher, slope)
-        return value.mul_(temperature**2)
+            value = torch.cat(parts).view(student.shape[:-1])
+        else:
+            value, slope = block(student, teacher, temperature)
+            ctx.save_for_backward(student, teacher, slope)
+        return value if temperature == 1.0 else value.mul_(temperature**2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -130,8 +131,9 @@ def _cross_entropy_block(student: Tensor, probs: Tensor, temperature: float) -> 
     log_q = torch.log_softmax(_scaled(student, temperature), -1)
     p = wide(probs)
     terms = p * log_q
-    terms.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0
     value = terms.sum(-1).neg_()
+    if student.device.type != "cpu" or not math.isfinite(value.sum().item()):  # looking is free on a CPU
+        value = terms.masked_fill_(p == 0, 0.0).sum(-1).neg_()  # 0 log 0 = 0
     return value, log_q.exp_().mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 

@@ -93,8 +93,8 @@ def progressive_kd(
     previous = previous.detach().movedim(axis, -1).to(_soft_targets.wide_type(student))
     a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
     if known is not None:
-        a = a * known.to(previous.dtype)
-        previous = previous.masked_fill(~known.unsqueeze(-1), 0.0)
+        a = a * known
+        previous = torch.where(known.unsqueeze(-1), previous, 0.0)
 
     analytic = _soft_targets.usable(alpha, target)
     if target is not None and temperature == 1.0 and analytic:

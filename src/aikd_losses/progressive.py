@@ -168,8 +168,9 @@ class ProgressiveKD(Carrier):
 
     @torch.no_grad()
     def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
-        logits = (functional.rows(student_logits, axis, mask) / self.temperature).flatten(0, -2)
-        probs, keep = torch.softmax(logits, -1), functional.finite_rows(logits)
+        logits = functional.rows(student_logits, axis, mask).flatten(0, -2)
+        probs = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, -1)
+        keep = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
         at = _ids(index, mask)
         if mask is not None:
             keep = keep & mask.flatten()
