@@ -247,6 +247,16 @@ def test_the_method_compiles_once_for_all_epochs(kept):
     assert counter.frame_count == 1
 
 
+def test_mixup_compiles_whatever_its_lambda():
+    criterion = AIKDLoss(4, 3, 2)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    y, i = torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    for share in (0.7, 0.4, 0.1):
+        given = dict(student_logits=torch.randn(4, 3), teacher_logits=torch.randn(4, 3), target=y, index=i)
+        given |= dict(partner_index=i.flip(0), mix_lambda=share)
+        torch.testing.assert_close(compiled(**given)[0], criterion(**given)[0])
+
+
 def test_a_stack_of_torchs_own_losses_compiles():
     torch._dynamo.reset()
     stack = LossStack({"ce": torch.nn.CrossEntropyLoss(label_smoothing=0.1), "kd": DeterministicKD()})

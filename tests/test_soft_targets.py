@@ -164,6 +164,37 @@ def kept(loss, s):
     return value, seen
 
 
+@pytest.mark.parametrize("gap", [85.0, 105.0, 1e4])
+def test_classes_that_the_teacher_all_but_excludes_still_count(gap):
+    """Its p is 0 in float32, q is not, and there are many."""
+    s, t = torch.full((1, 50_000), -20.0), torch.full((1, 50_000), -gap)
+    s[0, 0] = t[0, 0] = 0.0
+    expected, slope = with_gradient(lambda x: usual(x, t.double(), 1.0), s.double())
+    value, found = with_gradient(lambda x: deterministic_kd(x, t, temperature=1.0), s)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.double()[:, 1:], slope[:, 1:], rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(
+        found.double(), slope, rtol=0, atol=1e-5
+    )  # as near to 1 as log_softmax adds up many small
+
+
+@pytest.mark.parametrize("form", ["number", "tensor", "a tensor each"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperature, form):
+    s, p = torch.tensor([[1.0, 0.0, -math.inf]]), torch.tensor([[0.4, 0.4, 0.2]])
+    alike = {"number": float, "tensor": torch.tensor, "a tensor each": lambda a: torch.tensor([a])}[form]
+    value, slope = with_gradient(
+        lambda x: progressive_kd(x, p, torch.tensor([0]), alpha=alike(0.0), temperature=temperature), s
+    )
+    torch.testing.assert_close(value, F.cross_entropy(s, torch.tensor([0])))
+    assert slope.isfinite().all()
+    p = torch.tensor([[0.4, 0.6, 0.0]])
+    loss = {"alpha": alike(1.0), "temperature": temperature}
+    value, slope = with_gradient(lambda x: progressive_kd(x, p, torch.tensor([2]), **loss), s)
+    torch.testing.assert_close(value, progressive_kd(s, p, **loss))
+    assert slope.isfinite().all()
+
+
 def test_less_is_kept_for_the_backward_pass(way):
     s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)
     previous, target = t.softmax(-1), torch.zeros(100, dtype=torch.int64)

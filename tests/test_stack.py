@@ -135,6 +135,18 @@ def test_a_shared_store_advances_once(given):
     assert store.advances == 1
 
 
+def test_a_term_may_advance_without_being_told_the_epoch(given):
+    class Plain(Feature):
+        def advance_epoch(self):
+            self.epochs.append("on")
+
+    stack = LossStack({"progressive": ProgressiveKD(CachedTargets(N, C)), "plain": Plain(), "told": Feature()})
+    stack.update(**given, student_feature=torch.ones(1))
+    stack.advance_epoch()
+    assert stack.terms["plain"].epochs == ["on"]
+    assert stack.terms["told"].epochs == [None]
+
+
 def test_a_stack_is_extended_through_its_public_parts(given):
     method = AIKDLoss(N, C, 4)
     stack = LossStack({**method.terms, "feature": Feature()}, weights={**method.weights, "feature": 0.1})

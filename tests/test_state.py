@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,18 @@ def test_resumed_training_is_uninterrupted_training_bit_for_bit(targets, tmp_pat
     ours, theirs = (c.terms["adversarial"].optimizer.state_dict() for c in (straight[2], second[2]))
     assert same(ours, theirs)
     assert same(straight[2].terms["progressive"].alpha, second[2].terms["progressive"].alpha)
+
+
+def test_numbers_of_numpy_in_the_optimizer_are_saved_as_pythons():
+    rates = np.geomspace(1e-4, 1e-2, 3)
+    criterion = AIKDLoss(8, 3, 2, learning_rate=rates[1])
+    optimizer = criterion.terms["adversarial"].optimizer
+    optimizer.param_groups[0].update(lr=rates[2], betas=(np.float32(0.5), 0.9), weight_decay=np.int64(0))
+    fresh = AIKDLoss(8, 3, 2)
+    fresh.load_state_dict(criterion.state_dict())
+    (group,) = fresh.terms["adversarial"].optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.5, 0.9), 0)
+    assert [type(x) for x in (group["lr"], *group["betas"], group["weight_decay"])] == [float, float, float, int]
 
 
 def test_schedules_are_worked_out_anew_so_that_a_longer_run_resumes_right():

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+_NO_MEMORY = "`{}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
+
 
 class Carrier(nn.Module):
     """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
@@ -82,6 +84,8 @@ class Carrier(nn.Module):
                 saved = state.pop(key, None)
                 if saved is None:
                     missing_keys.append(key)
+                elif own.is_meta and not saved.is_meta:
+                    errors.append(_NO_MEMORY.format(key))
                 elif saved.shape != own.shape or saved.dtype != own.dtype:
                     errors.append(
                         f"`{key}` in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is "
@@ -116,6 +120,9 @@ def _load_module(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
+    if any(x.is_meta for x in (*module.parameters(), *module.buffers())) and not any(x.is_meta for x in state.values()):
+        error_msgs.append(_NO_MEMORY.format(prefix[:-1]))
+        return
     try:
         result = module.load_state_dict({key[len(prefix) :]: value for key, value in state.items()}, strict=False)
     except RuntimeError as error:  # shapes that do not fit

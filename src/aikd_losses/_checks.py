@@ -26,7 +26,7 @@ def number(
     x = float(value)
     low_ok = x > low if open_low else x >= low
     high_ok = x < high if open_high else x <= high
-    if not (math.isfinite(x) and low_ok and high_ok):
+    if not (-math.inf < x < math.inf and low_ok and high_ok):  # torch.compile does not know math.isfinite
         if high == math.inf:
             wanted = f"a finite number {'above' if open_low else 'not below'} {low:g}"
         else:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -370,9 +371,20 @@ def _check_optimizer(optimizer: object, discriminator: nn.Module) -> None:
         )
 
 
+def _plain(x: Any) -> Any:
+    """With numbers of other libraries (NumPy's, say) as Python's own, which is what `weights_only=True` loads."""
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_plain(value) for value in x)
+    if isinstance(x, bool) or not isinstance(x, Real):
+        return x
+    return int(x) if isinstance(x, Integral) else float(x)
+
+
 def _as_bytes(state: dict[str, Any]) -> Tensor:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 

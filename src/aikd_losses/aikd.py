@@ -80,7 +80,7 @@ class AIKDLoss(LossStack):
         _checks.integer("num_samples", num_samples, 1)
         _checks.num_classes(num_classes)
         _checks.integer("num_epochs", num_epochs, 1)
-        _checks.number("learning_rate", learning_rate, 0.0, float("inf"), open_low=True)
+        learning_rate = _checks.number("learning_rate", learning_rate, 0.0, float("inf"), open_low=True)
         if not callable(alpha):
             alpha = LinearRamp(_checks.number("alpha", alpha, 0.0, 1.0), num_epochs)
         if discriminator is None:

@@ -94,7 +94,9 @@ def progressive_kd(
     a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
     if known is not None:
         a = a * known
-        previous = torch.where(known.unsqueeze(-1), previous, 0.0)
+    alpha_is_learned = isinstance(alpha, Tensor) and alpha.requires_grad
+    if not alpha_is_learned:
+        previous = _where_shared(previous, a)
 
     analytic = _soft_targets.usable(alpha, target)
     if target is not None and temperature == 1.0 and analytic:
@@ -109,8 +111,16 @@ def progressive_kd(
         )
     value = a * soft
     if target is not None:
-        value = value + (1 - a) * _cross_entropy(target, torch.log_softmax(_soft_targets.wide(student), -1), axis, mask)
+        hard = _cross_entropy(target, torch.log_softmax(_soft_targets.wide(student), -1), axis, mask)
+        value = value + (1 - a) * (hard if alpha_is_learned else _where_shared(hard.unsqueeze(-1), 1 - a).squeeze(-1))
     return reduce_positions(value, mask, reduction)
+
+
+def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:
+    """The rows `x` that have a share in the loss, 0 for those that have none: 0 * inf would be NaN."""
+    if isinstance(share, Tensor):
+        return torch.where((share > 0).unsqueeze(-1), x, 0.0)
+    return x if share > 0 else torch.zeros_like(x)
 
 
 def _blend(previous: Tensor, target: Tensor, a: float | Tensor, axis: int, mask: Tensor | None) -> Tensor:

@@ -178,7 +178,9 @@ class ProgressiveKD(Carrier):
             self.targets.write(at, probs, keep=keep)
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
-        self._count(len(at))
+        self._count(
+            len(at) if mask is None else 1
+        )  # how many a mask leaves is not known without waiting for the device
 
     def _count(self, rows: int) -> None:
         self._rows_seen += rows
@@ -249,16 +251,24 @@ class ProgressiveKD(Carrier):
     def _read(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stored rows, class axis last, and whether they are known, where the logits are."""
         at = _ids(index, mask)
+        shown = None
         if isinstance(self.targets, _Table):
             at = at.to(self.targets.known.device)  # the rows travel once, from the store to the logits
+        elif mask is not None:  # a store of the user's own is not asked for what is masked
+            shown = mask.flatten().to(at.device).nonzero().squeeze(-1)
+            at = at[shown]
         probs, known = self.targets.read(at)
         shape = _checks.positions(student_logits, axis)
-        wanted = (index.numel(), student_logits.shape[axis])
+        wanted = (len(at), student_logits.shape[axis])
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
             raise ValueError(
                 f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
                 f"{tuple(probs.shape)} and {tuple(known.shape)}."
             )
+        if shown is not None:
+            shown = shown.to(probs.device)
+            probs = probs.new_zeros(index.numel(), wanted[1]).index_copy_(0, shown, probs)
+            known = known.new_zeros(index.numel()).index_copy_(0, shown.to(known.device), known)
         device = student_logits.device
         return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
 

@@ -75,7 +75,7 @@ class LossStack(Carrier):
     Args:
         terms: `{name: module}`. A term is an `nn.Module` whose `forward` names its tensors and gives a scalar; its
             `update` and `advance_epoch`, where it has them, are called by the stack's. Torch's own losses are terms too:
-            their `input` is `student_logits`. Public, as an `nn.ModuleDict`.
+            their `input` is `student_logits`. Terms that share a store each write it. Public, as an `nn.ModuleDict`.
         weights: `{name: number or callable from the epoch to one}`, not negative; 1 for those left out. Public.
         inputs: `{term: {parameter: name of the tensor, or None}}`: renames or withholds what a term is given, in
             `forward` and `update`.
@@ -208,7 +208,8 @@ class LossStack(Carrier):
             if isinstance(term, ProgressiveKD):
                 term._advance(epoch, advanced)
             elif _has(term, "advance_epoch"):
-                cast(Any, term).advance_epoch(epoch)
+                advance = cast(Any, term).advance_epoch
+                advance(*([epoch] if inspect.signature(advance).parameters else []))
         self.epoch.fill_(to)
         self._weights.copy_(weights)
 

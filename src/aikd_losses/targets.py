@@ -195,6 +195,10 @@ class _Table(Carrier):
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo), path=None)
+        for name in ("rows", "classes", "known"):
+            column = clone.__dict__[name]
+            if column is not None:
+                clone.__dict__[name] = column.clone()  # the columns of a file are views of one memory
         return clone
 
     def extra_repr(self) -> str:
