@@ -5,9 +5,9 @@
     python benchmarks/speed.py --device cuda
 
 Forward and backward of each pair are timed in turn in one process; a row shows the median of the ratios of neighbouring runs
-with its quartiles. Kernels are the operators that reach the device (views left out). "Kept" is what autograd keeps for the
-backward pass, "peak" what is allocated at the most beyond the inputs (CPU: the allocator's record; CUDA: its statistics), in
-copies of the logits in float32. A bound is what we hold ourselves to; a row that misses it says so. Writes
+with its quartiles. Kernels are the operators that reach the device (views left out). "Kept" is what is held between the passes,
+"peak" what is allocated at the most beyond the inputs (CPU: the allocator's record; CUDA: its statistics), in copies of the
+logits in float32. A bound is what we hold ourselves to; a row that misses it says so. Writes
 `benchmarks/results/speed-<device>.json`.
 """
 
@@ -154,40 +154,34 @@ def kernels(loss: Callable[[Tensor], Tensor], s: Tensor) -> int:
     return mode.count
 
 
-def kept(loss: Callable[[Tensor], Tensor], s: Tensor) -> float:
-    """In copies of the logits; what existed before the call is not counted."""
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    before = {s.untyped_storage().data_ptr()}
-    for cell in (loss.__defaults__ or ()) + tuple(c.cell_contents for c in loss.__closure__ or ()):
-        if isinstance(cell, Tensor):
-            before.add(cell.untyped_storage().data_ptr())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        value = loss(s)
-    copies = sum(size for at, size in seen.items() if at not in before) / (4 * s.numel())
-    del value
-    return copies
-
-
-def peak(loss: Callable[[Tensor], Tensor], s: Tensor) -> float:
-    """In copies of the logits in float32."""
+def memory(loss: Callable[[Tensor], Tensor], s: Tensor) -> tuple[float, float]:
+    """What is held after the forward pass, and the most at any time, in copies of the logits in float32."""
     if s.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss(s).backward()
-        return (torch.cuda.max_memory_allocated() - before) / (4 * s.numel())
+        value = loss(s)
+        held = torch.cuda.memory_allocated() - before
+        value.backward()
+        most = torch.cuda.max_memory_allocated() - before
+        return held / (4 * s.numel()), most / (4 * s.numel())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        value = loss(s)
+    held = _highest(record)[0]
+    s.grad = None
+    del value
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         loss(s).backward()
+    return held / (4 * s.numel()), _highest(record)[1] / (4 * s.numel())
+
+
+def _highest(record: torch.profiler.profile) -> tuple[int, int]:
+    """Bytes held at the end, and the most of them, counted from the start."""
     held = most = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    return most / (4 * s.numel())
+    return held, most
 
 
 def seconds(loss: Callable[[Tensor], Tensor], s: Tensor) -> float:
@@ -220,9 +214,9 @@ def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
     }  # fmt: skip
     for side, loss in (("ours", row.ours), ("usual", row.usual)):
         s.grad = None
-        result[side] = {"kernels": kernels(loss, s), "kept": kept(loss, s)}
+        result[side] = {"kernels": kernels(loss, s)}
         s.grad = None
-        result[side]["peak"] = peak(loss, s)
+        result[side]["kept"], result[side]["peak"] = memory(loss, s)
     return result
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aikd_losses import _soft_targets
+from aikd_losses import CachedTargets, DeterministicKD, LossStack, ProgressiveKD, _soft_targets
 from aikd_losses.functional import deterministic_kd, progressive_kd
 
 
@@ -22,11 +22,10 @@ def published(s, previous, target, alpha, temperature):
     return (1 - alpha) * F.cross_entropy(s, target) + alpha * temperature**2 * soft
 
 
-@pytest.fixture(params=["kept", "anew"])
+@pytest.fixture(params=["whole", "blocks"])
 def way(request, monkeypatch):
-    """Whether q - p is kept for the backward pass or computed anew, then in blocks of two rows."""
-    if request.param == "anew":
-        monkeypatch.setattr(_soft_targets, "LARGE", 0)
+    """All rows at once, or in blocks of 20 elements."""
+    if request.param == "blocks":
         monkeypatch.setattr(_soft_targets, "BLOCK", 20)
     return request.param
 
@@ -38,7 +37,7 @@ def with_gradient(loss, s):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 100.0])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_float32_is_float64_within_a_millionth(way, temperature, scale):
     """Also at high temperatures, where the usual composition in float32 loses three digits."""
     g = torch.Generator().manual_seed(1)
@@ -82,11 +81,25 @@ def test_a_teacher_of_another_precision_is_widened_and_not_the_student_narrowed(
     torch.testing.assert_close(with_gradient(lambda x: deterministic_kd(x, t), s), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_other_devices_compute_is_the_same():
-    s, t = torch.randn(5, 4).double(), torch.randn(5, 4).double()
-    here = _soft_targets._kl_block(s, t, 2.0)
-    there = _soft_targets._careful((s / 2).log_softmax(-1), (t / 2).log_softmax(-1))
-    torch.testing.assert_close(here, there)
+@pytest.mark.parametrize("classes", [5, 40])
+@pytest.mark.parametrize("form", ["direct", "near", "careful"])
+def test_every_form_of_the_sum_is_the_same(form, classes, monkeypatch):
+    """Rows with the classes first and last; a CPU chooses by the value, other devices compute the careful form."""
+    s, t, previous = torch.randn(6, classes).double(), torch.randn(6, classes).double(), torch.rand(6, classes).double()
+    expected = with_gradient(lambda x: usual(x, t, 2.0), s)
+    published_value = with_gradient(lambda x: published(x, previous, torch.arange(6) % 5, 0.3, 2.0), s)
+    if form == "direct":
+        monkeypatch.setattr(_soft_targets, "NEAR", 0.0)
+    if form == "near":
+        monkeypatch.setattr(_soft_targets, "DIRECT", 0.0)
+    if form == "careful":
+        work = _soft_targets._work
+        monkeypatch.setattr(_soft_targets, "_work", lambda *args, careful: work(*args, careful=True))
+    torch.testing.assert_close(with_gradient(lambda x: deterministic_kd(x, t, temperature=2.0), s), expected)
+    torch.testing.assert_close(
+        with_gradient(lambda x: progressive_kd(x, previous, torch.arange(6) % 5, alpha=0.3, temperature=2.0), s),
+        published_value,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,19 +164,6 @@ def test_a_class_at_minus_infinity_in_one_row_is_right_and_spoils_no_other(way, 
     torch.testing.assert_close(x.grad, 2 * ((s / 2).softmax(-1) - (t / 2).softmax(-1)))
 
 
-def kept(loss, s):
-    """The value, and the memory that autograd keeps for the backward pass: address -> bytes."""
-    seen = {}
-
-    def pack(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        value = loss(s)
-    return value, seen
-
-
 @pytest.mark.parametrize("gap", [85.0, 105.0, 1e4])
 def test_classes_that_the_teacher_all_but_excludes_still_count(gap):
     """Its p is 0 in float32, q is not, and there are many."""
@@ -195,20 +195,69 @@ def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperatur
     assert slope.isfinite().all()
 
 
-def test_less_is_kept_for_the_backward_pass(way):
+def test_one_tensor_of_the_size_of_the_logits_is_kept(way):
+    """Whatever a stack merges; what the usual composition keeps is measured the same way."""
     s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)
-    previous, target = t.softmax(-1), torch.zeros(100, dtype=torch.int64)
-    copy = s.numel() * 4
-    for loss, copies in (
-        (lambda x: deterministic_kd(x, t), 1),
-        (lambda x: progressive_kd(x, previous, alpha=0.5), 1),
-        (lambda x: progressive_kd(x, previous, target, alpha=0.5), 2),  # and the blended target
-    ):
-        _, seen = kept(loss, s)
-        extra = sum(n for at, n in seen.items() if at not in {x.untyped_storage().data_ptr() for x in (s, t, previous)})
-        assert extra <= (copies if way == "kept" else copies - 1) * copy + 100 * 8
-    _, seen = kept(lambda x: usual(x, t, 4.0), s)
-    assert sum(seen.values()) == 2 * copy  # what it is compared with
+    previous, target, copy = t.softmax(-1), torch.zeros(100, dtype=torch.int64), s.numel() * 4
+    store = CachedTargets(100, 50, dtype=torch.float32)
+    store.write(torch.arange(100), previous)
+    stack = LossStack({"p": ProgressiveKD(store), "d": DeterministicKD()})
+    given = {"teacher_logits": t, "target": target, "index": torch.arange(100)}
+    assert held(lambda: deterministic_kd(s, t)) <= copy + 1000
+    assert held(lambda: progressive_kd(s, previous, target, alpha=0.5)) <= copy + 1000
+    assert held(lambda: stack(student_logits=s, **given)[0]) <= 2 * copy + 1000  # and the rows that were read
+    assert held(lambda: usual(s, t, 4.0)) >= 2 * copy
+
+
+def held(loss):
+    """Bytes that are in use after the forward pass and were not before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        value = loss()
+    del value
+    return sum(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(way):
+    s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)
+    with torch.no_grad():
+        assert held(lambda: deterministic_kd(s, t)) <= 1000
+    assert held(lambda: deterministic_kd(s.detach(), t)) <= 1000
+
+
+def test_a_stack_merges_what_it_may_and_the_sum_is_that_of_the_terms(way):
+    s, t, y = torch.randn(9, 6).double().requires_grad_(), torch.randn(9, 6).double(), torch.arange(9) % 6
+    index, mask = torch.arange(9), torch.arange(9) < 7
+    store = CachedTargets(9, 6, dtype=torch.float64)
+    store.write(index[:5], torch.randn(5, 6).double().softmax(-1))  # the others have no history
+    for settings in ({}, {"temperature": 3.0}, {"temperature": 3.0, "reduction": "sum"}):
+        terms = {
+            "p": ProgressiveKD(store, alpha=0.3, **settings),
+            "d": DeterministicKD(**{"temperature": 3.0, **settings}),
+        }
+        stack = LossStack(terms, weights={"p": 0.25, "d": 2.0})
+        given = {"student_logits": s, "teacher_logits": t, "target": y, "index": index, "mask": mask}
+        assert len(stack._merged({name: call.pick(given) for name, call in stack._calls["forward"].items()})) == 2
+        total, values = stack(**given)
+        apart = {"p": terms["p"](s, y, index=index, mask=mask), "d": terms["d"](s, t, mask=mask)}
+        expected = 0.25 * apart["p"] + 2.0 * apart["d"]
+        torch.testing.assert_close(values, {name: value.detach() for name, value in apart.items()})
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(torch.autograd.grad(3.0 * total, s), torch.autograd.grad(3.0 * expected, s))
+
+
+def test_a_term_with_a_hook_or_another_mask_is_called_by_itself():
+    s, t = torch.randn(4, 5), torch.randn(4, 5)
+    seen = []
+    stack = LossStack(
+        {"a": DeterministicKD(), "b": DeterministicKD(), "c": DeterministicKD()}, inputs={"c": {"mask": None}}
+    )
+    stack.terms["a"].register_forward_hook(lambda *args: seen.append(1))
+    mask = torch.tensor([True, True, False, False])
+    _, values = stack(student_logits=s, teacher_logits=t, mask=mask)
+    assert seen == [1]
+    torch.testing.assert_close(values["a"], deterministic_kd(s[:2], t[:2]))
+    torch.testing.assert_close(values["b"], deterministic_kd(s[:2], t[:2]))
+    torch.testing.assert_close(values["c"], deterministic_kd(s, t))
 
 
 def test_a_tensor_changed_in_place_before_the_backward_pass_is_an_error(way):

@@ -1,42 +1,58 @@
-r"""Cross-entropy and KL divergence against soft targets with an analytic gradient, for rows `(..., C)`.
+r"""A weighted sum of cross-entropies and KL divergences against fixed targets, in one pass with one analytic gradient.
 
-Autograd would keep four to eight tensors of the logits' size; the gradient needs one. With $q = \mathrm{softmax}(s/T)$:
+With $q_T = \mathrm{softmax}(s/T)$ every part is $a\,T^2\,\mathrm{CE}(p, q_T)$, less the entropy of p for a KL divergence, and
 
-$$\frac{\partial}{\partial s}\,T^2\,\mathrm{KL}(p\,\|\,q) = \frac{\partial}{\partial s}\,T^2\,\mathrm{CE}(p, q) = T\,(q - p)$$
+$$\frac{\partial}{\partial s} \sum_i a_i\,T_i^2\,\mathrm{CE}(p_i, q_{T_i}) = \sum_i a_i\,T_i\,(q_{T_i} - p_i)$$
 
-Small rows keep $q - p$ for the backward pass; large ones keep nothing and are computed anew, on a CPU in blocks of rows that
-stay in its cache.
+so that the parts of one temperature need one softmax, and all of them one saved tensor: the gradient, made in the forward
+pass while everything is at hand. A CPU works on blocks of rows that stay in its cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements. Below, keeping the gradient is cheaper than computing it twice; above, memory is what counts.
-LARGE = 2**20
-SMALLEST = -80.0  # log p above which p and p * (e**d - 1) are normal numbers in float32, d being at most 80
-BLOCK = 2**16  # what a CPU works on at a time: 0.25 MB in float32
+BLOCK = 2**16  # elements that a CPU works on at a time: 0.25 MB in float32
+FEW_CLASSES = 32  # below, a CPU is faster with the classes on the first axis
+# Where the direct sum of a KL divergence, whose terms cancel, has lost more than a millionth: above this T, and below this
+# many nats a row.
+DIRECT, NEAR = 8.0, 0.03
+SMALLEST = 1e-30  # p from which p * e**d can be trusted
 
-Block = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # student, teacher, T -> value a row, q - p
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    r"""$T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))$ a row, of two tensors of logits."""
-    if wide_type(student) != wide_type(teacher):
-        teacher = teacher.to(wide_type(student))
-    value: Tensor = _SoftTargets.apply(student, teacher, temperature, _kl_block)  # type: ignore[no-untyped-call]
-    return value
+Share = float | Tensor  # a number, a 0-d tensor, or one a row
 
 
-def cross_entropy(student: Tensor, probs: Tensor, temperature: float) -> Tensor:
-    r"""$-T^2 \sum p \log \mathrm{softmax}(s/T)$ a row, of logits and probabilities."""
-    value: Tensor = _SoftTargets.apply(student, probs, temperature, _cross_entropy_block)  # type: ignore[no-untyped-call]
-    return value
+class Part(NamedTuple):
+    """`share` * T**2 * CE(target, softmax(student / T)), or KL for a target of logits."""
+
+    target: Tensor  # class indices (rows,), probabilities or logits (rows, C)
+    temperature: float
+    share: Share = 1.0
+    is_logits: bool = False
+
+
+class Term(NamedTuple):
+    """Parts that are reduced to one value, for logits with the class axis last."""
+
+    student: Tensor
+    parts: tuple[Part, ...]
+    mask: Tensor | None
+    reduction: str
+
+
+def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
+    """The weighted sum, and each term's own value, detached. The terms have the same student and the same mask."""
+    student, mask = terms[0].student, terms[0].mask
+    tensors = [part.target for term in terms for part in term.parts]
+    wanted = student.requires_grad and torch.is_grad_enabled()
+    values: list[Tensor] = []
+    total = _SoftTargets.apply(student, mask, terms, weights, wanted, values, *tensors)  # type: ignore[no-untyped-call]
+    return total, values
 
 
 def usable(*constants: object) -> bool:
@@ -49,89 +65,284 @@ def usable(*constants: object) -> bool:
     )
 
 
+def number(x: Share) -> Share:
+    """A 0-d tensor as a number, where looking is free."""
+    if isinstance(x, Tensor):
+        return float(x) if x.ndim == 0 and x.device.type == "cpu" else x
+    return float(x)
+
+
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, block: Block) -> Tensor:
-        ctx.temperature, ctx.block = temperature, block
-        if student.numel() > LARGE:
-            ctx.save_for_backward(student, teacher)
-            parts = [block(s, t, temperature)[0] for s, t in _blocks(student, teacher)]
-            value = torch.cat(parts).view(student.shape[:-1])
-        else:
-            value, slope = block(student, teacher, temperature)
-            ctx.save_for_backward(student, teacher, slope)
-        return value if temperature == 1.0 else value.mul_(temperature**2)
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        mask: Tensor | None,
+        terms: Sequence[Term],
+        weights: Sequence[Share],
+        wanted: bool,
+        values: list[Tensor],
+        *tensors: Tensor,
+    ) -> Tensor:
+        """The total; `values` takes those of the terms."""
+        ctx.settings = mask, terms, weights
+        parts, rows = _scaled_parts(student, ctx.settings, tensors)
+        sums, ctx.slope = _all_rows(rows, parts, wanted)
+        found, start = [], 0
+        for term in terms:
+            found.append(_reduced(sum(sums[start : start + len(term.parts)]), term, student))
+            start += len(term.parts)
+        total = sum(weight * value for weight, value in zip(weights, found, strict=True))
+        if wanted:
+            ctx.save_for_backward(student, *tensors)
+        if len(terms) > 1:
+            values.extend(x if isinstance(x, Tensor) else torch.tensor(x, dtype=rows.dtype) for x in found)
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        student, teacher, *slope = ctx.saved_tensors
-        scale = (grad * ctx.temperature).unsqueeze(-1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The first backward pass takes what the forward pass made; another one finds nothing and computes it anew.
+        slope, ctx.slope = ctx.slope, None
+        student, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more
-            result = _difference(student, teacher, ctx.temperature, ctx.block) * scale
-        elif slope:
-            result = slope[0] * scale
+            parts, rows = _scaled_parts(student, ctx.settings, tensors)
+            result = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
         else:
-            result = torch.empty_like(student, memory_format=torch.contiguous_format)
-            for out, s, t, c in _blocks(result, student, teacher, scale):
-                out.copy_(_difference(s, t, ctx.temperature, ctx.block).mul_(c))
-        return result.to(student.dtype), None, None, None
+            scale = grad.unsqueeze(-1) if grad.ndim else number(grad)
+            if slope is None:
+                parts, rows = _scaled_parts(student, ctx.settings, tensors)
+                slope = _all_rows(rows, parts, True)[1]
+            result = slope.view(student.shape)
+            if not (isinstance(scale, float) and scale == 1.0):
+                result.mul_(scale)
+        return result.to(student.dtype), *[None] * (5 + len(tensors))
 
 
-def _difference(student: Tensor, teacher: Tensor, temperature: float, block: Block) -> Tensor:
-    """$q - p$, differentiable."""
-    q = torch.softmax(_scaled(student, temperature), -1)
-    if block is _kl_block:
-        return q - torch.softmax(_scaled(teacher, temperature), -1)
-    p = wide(teacher)
-    return q * p.sum(-1, keepdim=True) - p
+class _Scaled(NamedTuple):
+    """A part of some rows with `slope`, the factor of q - p in the gradient: weight * share * T / number of rows."""
+
+    target: Tensor
+    temperature: float
+    share: Share
+    is_logits: bool
+    slope: Share
+    rowwise: bool  # a value a row is wanted, not their sum
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of every tensor: some of them on a CPU, elsewhere all at once."""
-    first = tensors[0]
-    step = max(1, BLOCK // first.shape[-1]) if first.device.type == "cpu" else max(1, first.numel() // first.shape[-1])
-    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    return zip(*(x.split(step) for x in flat), strict=True)
+def _scaled_parts(
+    student: Tensor, settings: tuple[Tensor | None, Sequence[Term], Sequence[Share]], tensors: Sequence[Tensor]
+) -> tuple[list[_Scaled], Tensor]:
+    """The parts and the student with one axis of rows; what a mask hides is 0 and has no share."""
+    mask, terms, weights = settings
+    visible = None if mask is None else mask.reshape(-1, 1)
+    found, targets = [], iter(tensors)
+
+    def flat(x: Tensor) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        return x if visible is None else x.masked_fill(~visible, 0.0)
+
+    for term, weight in zip(terms, weights, strict=True):
+        for part in term.parts:
+            target, share = next(targets), part.share
+            if isinstance(share, Tensor) and share.ndim:
+                share = share.reshape(-1)
+            if visible is not None:
+                share = share * visible.squeeze(-1)
+            target = flat(target) if target.is_floating_point() else target.reshape(-1, 1)
+            if visible is not None and not target.is_floating_point():
+                target = target.masked_fill(~visible, 0)  # an ignored label, -100 say, is no class
+            slope = weight * share * (part.temperature / _count(term, student))
+            rowwise = term.reduction == "none" or (isinstance(share, Tensor) and share.ndim > 0)
+            found.append(_Scaled(target, part.temperature, share, part.is_logits, slope, rowwise))
+    return found, flat(wide(student))
 
 
-def _kl_block(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    r"""With $d = \log q - \log p$ the value is $\sum p\,(e^d - 1 - d)$, which is the sum of $-p\,d$ as p and q sum to 1: no
-    term is negative, so nothing cancels where T is large, and the rounding of either normaliser drops out."""
-    d = torch.log_softmax(_scaled(student, temperature), -1)
-    log_p = torch.log_softmax(_scaled(teacher, temperature), -1)
-    if student.device.type != "cpu" or (log_p.numel() and not log_p.min().item() >= SMALLEST):  # free on a CPU
-        return _careful(d, log_p)
-    d.sub_(log_p)
-    slope = torch.expm1(d)
-    terms = torch.sub(slope, d, out=d)
-    p = log_p.exp_()
-    slope.mul_(p)
-    return terms.mul_(p).sum(-1), slope
+def _count(term: Term, student: Tensor) -> Share:
+    """What a sum over rows is divided by."""
+    if term.reduction != "mean":
+        return 1.0
+    if term.mask is None:
+        return float(max(1, student.numel() // student.shape[-1]))
+    return number(term.mask.sum().clamp_min(1).to(wide_type(student)))
 
 
-def _careful(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The same for logits that may be -inf or 1e4, as $\sum p\,(\log p - \log q) + \sum (q - p)$: the second sum is 0 but for
-    the rounding of the normalisers, which it takes off the first."""
-    slope = log_q.exp().sub_(log_p.exp())
-    return kl_of_logs(log_p, log_q) + slope.sum(-1), slope
+def _reduced(value: Share, term: Term, student: Tensor) -> Share:
+    if term.reduction == "none":
+        shape = student.shape[:-1]
+        return value.view(shape) if isinstance(value, Tensor) else student.new_zeros(shape, dtype=wide_type(student))
+    return number(value.sum() if isinstance(value, Tensor) else value) / _count(term, student)
 
 
-def kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""$\sum p\,(\log p - \log q)$. A class with p = 0 counts 0, one with p > 0 = q counts inf, also where p is so small
-    that float32 rounds it to 0 (hence the smallest normal number: 0 * inf would be NaN)."""
-    log_ratio = (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)
-    p = log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny)
-    return (p * log_ratio).sum(-1)
+def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
+    """Of each part share * T**2 * its value, a sum or one a row, and the gradient, if `wanted`."""
+    num_rows, num_classes = student.shape
+    step = max(1, BLOCK // num_classes) if student.device.type == "cpu" else max(1, num_rows)
+    if num_rows <= step:
+        return _block(student, parts, wanted)
+    slope = torch.empty_like(student, memory_format=torch.contiguous_format) if wanted else None
+    sums: list[list[Share]] = []
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        values, result = _block(student[rows], [_rows_of(x, rows) for x in parts], wanted)
+        sums.append(values)
+        if slope is not None:
+            slope[rows] = result  # type: ignore[assignment]  # wanted
+    return [torch.cat(x) if isinstance(x[0], Tensor) and x[0].ndim else sum(x) for x in zip(*sums, strict=True)], slope
 
 
-def _cross_entropy_block(student: Tensor, probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_q = torch.log_softmax(_scaled(student, temperature), -1)
-    p = wide(probs)
-    terms = p * log_q
-    value = terms.sum(-1).neg_()
-    if student.device.type != "cpu" or not math.isfinite(value.sum().item()):  # looking is free on a CPU
-        value = terms.masked_fill_(p == 0, 0.0).sum(-1).neg_()  # 0 log 0 = 0
-    return value, log_q.exp_().mul_(p.sum(-1, keepdim=True)).sub_(p)
+def _rows_of(x: _Scaled, rows: slice) -> _Scaled:
+    share, slope = (y[rows] if isinstance(y, Tensor) and y.ndim else y for y in (x.share, x.slope))
+    return x._replace(target=x.target[rows], share=share, slope=slope)
+
+
+def _block(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
+    on_cpu = student.device.type == "cpu"
+    values, slope = _work(student, parts, wanted, careful=not on_cpu)
+    if on_cpu and not all(math.isfinite(float(x.sum()) if isinstance(x, Tensor) else x) for x in values):
+        return _work(student, parts, wanted, careful=True)
+    return values, slope
+
+
+def _work(student: Tensor, parts: Sequence[_Scaled], wanted: bool, careful: bool) -> tuple[list[Share], Tensor | None]:
+    """Without care, a class that is excluded (p or q is 0) gives NaN."""
+    dim = 0 if student.device.type == "cpu" and student.shape[1] < FEW_CLASSES else 1
+    values: list[Share] = [0.0] * len(parts)
+    slope = None
+    for temperature in dict.fromkeys(x.temperature for x in parts):
+        log_q = torch.log_softmax(_tempered(student, temperature, dim), dim)
+        against = None  # minus the targets, each times its factor
+        for i, x in enumerate(parts):
+            if x.temperature != temperature or (isinstance(x.share, float) and x.share == 0.0):
+                continue
+            if not x.target.is_floating_point():
+                values[i] = _shared(log_q.gather(dim, x.target if dim else x.target.t()), x, dim, -1.0)
+                continue
+            p, terms, difference = (_kl if x.is_logits else _cross_entropy)(student, x, log_q, dim, careful)
+            values[i] = _shared(terms, x, dim, 1.0 if x.is_logits else -1.0)
+            if not wanted:
+                continue
+            if difference is not None:
+                difference.mul_(_along(x.slope, dim) if isinstance(x.slope, Tensor) else x.slope)
+                slope = difference if slope is None else slope.add_(difference)
+            else:
+                against = _add(against, p, x.slope, dim, owned=x.is_logits)
+        if not wanted:
+            continue
+        for x in parts:
+            if x.temperature == temperature and not x.target.is_floating_point():
+                at = x.target if dim else x.target.t()
+                against = torch.zeros_like(log_q) if against is None else against
+                against.scatter_add_(dim, at, _column(x.slope, at, against, dim))
+        if against is not None:  # against - q * (sum of against over the classes)
+            result = torch.ops.aten._log_softmax_backward_data(against, log_q, dim, log_q.dtype)
+            slope = result if slope is None else slope.add_(result)
+    if wanted and slope is None:  # no part has a share
+        return values, torch.zeros_like(student)
+    return values, None if slope is None else slope if dim else slope.t().contiguous()
+
+
+def _cross_entropy(student: Tensor, x: _Scaled, log_q: Tensor, dim: int, careful: bool) -> tuple[Tensor, Tensor, None]:
+    """p, and terms that sum to minus the cross-entropy."""
+    p = x.target.to(log_q.dtype)
+    p = p if dim else p.t()
+    return p, p * (log_q.masked_fill(p == 0, 0.0) if careful else log_q), None  # 0 log 0 = 0
+
+
+def _kl(
+    student: Tensor, x: _Scaled, log_q: Tensor, dim: int, careful: bool
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """p, terms that sum to KL (or their sum) and, where the difference of the two softmax would be imprecise, q - p."""
+    teacher = _tempered(x.target.to(log_q.dtype), x.temperature, dim)
+    p = torch.softmax(teacher, dim)
+    if careful:
+        return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
+    if x.temperature <= DIRECT:
+        terms = torch.log_softmax(teacher, dim).sub_(log_q).mul_(p)
+        value = float(terms.sum())
+        if not value < NEAR * len(student):
+            return p, terms if x.rowwise else value, None
+    if p.numel() and float(p.min()) < SMALLEST:
+        return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
+    return p, *_near(_tempered(student - x.target, x.temperature, dim), p, dim)
+
+
+def _near(d: Tensor, p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    r"""KL a row, and q - p, of the difference $d$ of two logits and p. With d less its mean under p, and
+
+    $$r = \sum p\,(e^d - 1 - d), \qquad \mathrm{KL} = \log(1 + r), \qquad q - p = p\,\frac{e^d - 1 - r}{1 + r}$$
+
+    no normaliser is subtracted from another, and no term of r is negative."""
+    d = d.sub_((p * d).sum(dim, keepdim=True))
+    difference = torch.expm1(d)
+    r = torch.sub(difference, d, out=d).mul_(p).sum(dim, keepdim=True)
+    return torch.log1p(r), difference.sub_(r).mul_(p).div_(1 + r)
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""$p\,(e^d - 1 - d)$ with $d = \log q - \log p$, whose sum is KL as p and q sum to 1: no term is negative, so nothing
+    cancels where T is large, and the rounding of either normaliser drops out. A class with p = 0 counts 0 (what q has there is
+    the rest of that sum), one with p > 0 = q counts inf, also where p is so small that float32 rounds it to 0."""
+    d, q = log_q - log_p, log_q.exp()
+    p = log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny)  # 0 * inf would be NaN
+    terms = torch.where(d < 1, p * (torch.expm1(d) - d), q - p - p * d)
+    return torch.where(log_p == -math.inf, q, terms)
+
+
+def _shared(terms: Tensor | float, x: _Scaled, dim: int, sign: float) -> Share:
+    """share * T**2 * the sum of the terms, over everything or a row."""
+    share, square = x.share, sign * x.temperature**2
+    if isinstance(terms, float) or not x.rowwise:
+        return square * share * (terms if isinstance(terms, float) else number(terms.sum()))
+    rows = terms.sum(dim)
+    if isinstance(share, Tensor) and share.ndim:
+        rows = torch.where(share > 0, share * rows, 0.0)  # 0 * inf would be NaN
+        return rows.mul_(square)
+    return rows.mul_(square * share)
+
+
+def _add(against: Tensor | None, p: Tensor, slope: Share, dim: int, owned: bool) -> Tensor:
+    """against - slope * p."""
+    if isinstance(slope, float):
+        if against is None:
+            return p.mul_(-slope) if owned else p * -slope
+        return against.add_(p, alpha=-slope)
+    factor = -_along(slope, dim)
+    return p * factor if against is None else against.addcmul_(p, factor.to(p.dtype))
+
+
+def _column(slope: Share, at: Tensor, like: Tensor, dim: int) -> Tensor:
+    """- slope, one for each label."""
+    if isinstance(slope, float):
+        return torch.full(at.shape, -slope, dtype=like.dtype, device=like.device)
+    return _along(slope, dim).neg().to(like.dtype).expand(at.shape)
+
+
+def _along(share: Tensor, dim: int) -> Tensor:
+    return share.unsqueeze(dim) if share.ndim else share
+
+
+def _differentiable(student: Tensor, parts: Sequence[_Scaled]) -> Tensor:
+    """The gradient, to be differentiated once more."""
+    result = torch.zeros_like(student)
+    for x in parts:
+        q, target = torch.softmax(student / x.temperature, -1), x.target
+        if not target.is_floating_point():
+            p = torch.zeros_like(student).scatter(1, target, 1.0)
+        elif x.is_logits:
+            p = torch.softmax(target.to(q.dtype) / x.temperature, -1)
+        else:
+            p = target.to(q.dtype)
+        factor = _along(x.slope, 1) if isinstance(x.slope, Tensor) else x.slope
+        result = result + factor * (q * p.sum(-1, keepdim=True) - p)
+    return result
+
+
+def _tempered(logits: Tensor, temperature: float, dim: int) -> Tensor:
+    """logits / T, with the classes on the axis `dim`."""
+    if dim:
+        return logits if temperature == 1.0 else logits * (1.0 / temperature)
+    turned = torch.empty(logits.shape[::-1], dtype=logits.dtype)
+    return torch.mul(logits.t(), 1.0 / temperature, out=turned)
 
 
 def wide_type(x: Tensor) -> torch.dtype:
@@ -141,7 +352,3 @@ def wide_type(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """float32 at least."""
     return x.to(wide_type(x))
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return wide(logits) if temperature == 1.0 else wide(logits) / temperature

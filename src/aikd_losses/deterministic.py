@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from . import _checks, functional
+from ._soft_targets import Term
 
 
 class DeterministicKD(nn.Module):
@@ -73,6 +74,19 @@ class DeterministicKD(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """$T^2 D(p, q)$, reduced."""
         return functional.deterministic_kd(
+            student_logits,
+            teacher_logits,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            mask=mask,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
+        )
+
+    def _soft_term(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Term | None:
+        """`forward` as soft targets that a stack may merge with others, or None."""
+        return functional.deterministic_term(
             student_logits,
             teacher_logits,
             temperature=self.temperature,

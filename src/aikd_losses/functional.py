@@ -36,28 +36,56 @@ def deterministic_kd(
     >>> deterministic_kd(student, student, temperature=1.0)
     tensor(0.)
     """
-    check_divergence(divergence, beta)
-    temperature = _checks.temperature(temperature)
+    term = deterministic_term(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        mask=mask,
+        reduction=reduction,
+        class_dim=class_dim,
+    )
+    if term is not None:
+        return _soft_targets.evaluate([term], [1.0])[0]
     axis = _checks.logits(student_logits, class_dim)
-    _checks.like_logits("teacher_logits", teacher_logits, student_logits)
-    _checks.mask(mask, student_logits, axis)
-    student, teacher = _visible(student_logits, axis, mask), _visible(teacher_logits.detach(), axis, mask)
-    if divergence == "forward_kl" and _soft_targets.usable():
-        value = _soft_targets.kl_divergence(student, teacher, temperature)
-        return reduce_positions(value, mask, reduction)
-
-    student = _soft_targets.wide(student)
-    teacher = teacher.to(student.dtype)
+    student = rows(student_logits, axis, mask)
+    teacher = _visible(teacher_logits.detach(), axis, mask).to(student.dtype)
     log_q = torch.log_softmax(student / temperature, -1)
     log_p = torch.log_softmax(teacher / temperature, -1)
     if divergence == "forward_kl":
-        value = _soft_targets.kl_of_logs(log_p, log_q)
+        value = _kl_of_logs(log_p, log_q)
     elif divergence == "reverse_kl":
-        value = _soft_targets.kl_of_logs(log_q, log_p)
+        value = _kl_of_logs(log_q, log_p)
     else:
         log_m = _log(beta * log_p.exp() + (1 - beta) * log_q.exp())
-        value = beta * _soft_targets.kl_of_logs(log_p, log_m) + (1 - beta) * _soft_targets.kl_of_logs(log_q, log_m)
+        value = beta * _kl_of_logs(log_p, log_m) + (1 - beta) * _kl_of_logs(log_q, log_m)
     return reduce_positions(temperature**2 * value, mask, reduction)
+
+
+def deterministic_term(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    mask: Tensor | None,
+    reduction: str,
+    class_dim: int | None,
+) -> _soft_targets.Term | None:
+    """`deterministic_kd` as soft targets that can be merged with others; None where the plain composition is needed."""
+    check_divergence(divergence, beta)
+    temperature = _checks.temperature(temperature)
+    _checks.reduction(reduction)
+    axis = _checks.logits(student_logits, class_dim)
+    _checks.like_logits("teacher_logits", teacher_logits, student_logits)
+    _checks.mask(mask, student_logits, axis)
+    if divergence != "forward_kl" or not _soft_targets.usable():
+        return None
+    student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
+    part = _soft_targets.Part(_not_narrower(teacher, student), temperature, is_logits=True)
+    return _soft_targets.Term(_not_narrower(student, teacher), (part,), mask, reduction)
 
 
 def progressive_kd(
@@ -81,7 +109,50 @@ def progressive_kd(
     >>> progressive_kd(s, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), alpha=0.5)    # log 2, whatever the target
     tensor(0.6931)
     """
+    term = progressive_term(
+        student_logits,
+        previous,
+        target,
+        alpha=alpha,
+        known=known,
+        temperature=temperature,
+        mask=mask,
+        reduction=reduction,
+        class_dim=class_dim,
+    )
+    if term is not None:
+        return _soft_targets.evaluate([term], [1.0])[0]
+    axis = _checks.logits(student_logits, class_dim)
+    student = rows(student_logits, axis, mask)
+    previous = previous.detach().movedim(axis, -1).to(student.dtype)
+    a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
+    if known is not None:
+        a = a * known
+    learned = isinstance(alpha, Tensor) and alpha.requires_grad
+    if not learned:
+        previous = _where_shared(previous, a)
+    value = a * temperature**2 * _soft_cross_entropy(previous, torch.log_softmax(student / temperature, -1))
+    if target is not None:
+        hard = _cross_entropy(target, torch.log_softmax(student, -1), axis, mask)
+        value = value + (1 - a) * (hard if learned else _where_shared(hard.unsqueeze(-1), 1 - a).squeeze(-1))
+    return reduce_positions(value, mask, reduction)
+
+
+def progressive_term(
+    student_logits: Tensor,
+    previous: Tensor,
+    target: Tensor | None,
+    *,
+    alpha: float | Tensor,
+    known: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    reduction: str,
+    class_dim: int | None,
+) -> _soft_targets.Term | None:
+    """`progressive_kd` as soft targets that can be merged with others; None where the plain composition is needed."""
     temperature = _checks.temperature(temperature)
+    _checks.reduction(reduction)
     axis = _checks.logits(student_logits, class_dim)
     _checks.like_logits("previous", previous, student_logits)
     _checks.alpha(alpha, student_logits, axis)
@@ -89,31 +160,16 @@ def progressive_kd(
     _checks.mask(mask, student_logits, axis)
     if target is not None:
         _checks.class_target(target, student_logits, axis, mask)
-    student = _visible(student_logits, axis, mask)
-    previous = previous.detach().movedim(axis, -1).to(_soft_targets.wide_type(student))
-    a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
-    if known is not None:
-        a = a * known
-    alpha_is_learned = isinstance(alpha, Tensor) and alpha.requires_grad
-    if not alpha_is_learned:
-        previous = _where_shared(previous, a)
-
-    analytic = _soft_targets.usable(alpha, target)
-    if target is not None and temperature == 1.0 and analytic:
-        return reduce_positions(
-            _soft_targets.cross_entropy(student, _blend(previous, target, a, axis, mask), 1.0), mask, reduction
-        )
-    if analytic:
-        soft = _soft_targets.cross_entropy(student, previous, temperature)
-    else:
-        soft = temperature**2 * _soft_cross_entropy(
-            previous, torch.log_softmax(_soft_targets.wide(student) / temperature, -1)
-        )
-    value = a * soft
+    if not _soft_targets.usable(alpha, target):
+        return None
+    a = _soft_targets.number(alpha)
+    if known is not None and not (_checks.values_are_free(known) and bool(known.all())):
+        a = (a.to(_soft_targets.wide_type(student_logits)) if isinstance(a, Tensor) else a) * known
+    parts = [_soft_targets.Part(_classes_last(previous.detach(), axis), temperature, a)]
     if target is not None:
-        hard = _cross_entropy(target, torch.log_softmax(_soft_targets.wide(student), -1), axis, mask)
-        value = value + (1 - a) * (hard if alpha_is_learned else _where_shared(hard.unsqueeze(-1), 1 - a).squeeze(-1))
-    return reduce_positions(value, mask, reduction)
+        soft = target.is_floating_point()
+        parts.append(_soft_targets.Part(_classes_last(target, axis) if soft else target, 1.0, 1.0 - a))
+    return _soft_targets.Term(_classes_last(student_logits, axis), tuple(parts), mask, reduction)
 
 
 def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:
@@ -121,16 +177,6 @@ def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:
     if isinstance(share, Tensor):
         return torch.where((share > 0).unsqueeze(-1), x, 0.0)
     return x if share > 0 else torch.zeros_like(x)
-
-
-def _blend(previous: Tensor, target: Tensor, a: float | Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    r"""$(1-a)\,y + a\,\text{previous}$, without a one-hot of class indices."""
-    share = (a if isinstance(a, Tensor) else previous.new_tensor(a)).expand(previous.shape[:-1]).unsqueeze(-1)
-    if target.is_floating_point():
-        return torch.lerp(target.movedim(axis, -1).to(previous.dtype), previous, share)
-    if mask is not None:
-        target = target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
-    return (previous * share).scatter_add_(-1, target.unsqueeze(-1), 1 - share)
 
 
 def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
@@ -168,8 +214,25 @@ def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
 
 
 def _visible(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    x = logits if axis == logits.ndim - 1 else logits.movedim(axis, -1)  # each node of the graph costs a microsecond
+    x = _classes_last(logits, axis)
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _classes_last(x: Tensor, axis: int) -> Tensor:
+    return x if axis == x.ndim - 1 else x.movedim(axis, -1)  # each node of the graph costs a microsecond
+
+
+def _not_narrower(x: Tensor, other: Tensor) -> Tensor:
+    """float64 where one of the two is."""
+    return x.double() if other.dtype == torch.float64 and x.dtype != torch.float64 else x
+
+
+def _kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""$\sum p\,(\log p - \log q)$, for autograd. A class with p = 0 counts 0, one with p > 0 = q counts inf, also where p
+    is so small that float32 rounds it to 0 (hence the smallest normal number: 0 * inf would be NaN)."""
+    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
+    p = log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny)
+    return (p * log_ratio).sum(-1)
 
 
 def _log(p: Tensor) -> Tensor:

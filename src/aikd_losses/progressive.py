@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import _checks, functional, schedules
+from . import _checks, _soft_targets, functional, schedules
 from ._carrier import Carrier
+from ._soft_targets import Term
 from .schedules import Schedule
 from .targets import TargetStore, _Table
 
@@ -108,6 +110,32 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
+        previous, settings = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
+        return functional.progressive_kd(student_logits, previous, target, **settings)
+
+    def _soft_term(
+        self,
+        student_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        index: Tensor | None,
+        mask: Tensor | None = None,
+        partner_index: Tensor | None = None,
+        mix_lambda: float | Tensor = 1.0,
+    ) -> Term | None:
+        """`forward` as soft targets that a stack may merge with others, or None."""
+        previous, settings = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
+        return functional.progressive_term(student_logits, previous, target, **settings)
+
+    def _looked_up(
+        self,
+        student_logits: Tensor,
+        index: Tensor | None,
+        mask: Tensor | None,
+        partner_index: Tensor | None,
+        mix_lambda: float | Tensor,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The previous predictions, and what else the loss depends on."""
         axis = self._check(student_logits, index, mask)
         if index is None:
             if partner_index is not None:
@@ -117,17 +145,14 @@ class ProgressiveKD(Carrier):
             previous, known = self._read(student_logits, axis, index, mask)
         else:
             previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda)
-        return functional.progressive_kd(
-            student_logits,
-            previous.movedim(-1, axis),
-            target,
-            alpha=self.alpha,
-            known=known,
-            temperature=self.temperature,
-            mask=mask,
-            reduction=self.reduction,
-            class_dim=self.class_dim,
-        )
+        return previous.movedim(-1, axis), {
+            "alpha": _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha,
+            "known": known,
+            "temperature": self.temperature,
+            "mask": mask,
+            "reduction": self.reduction,
+            "class_dim": self.class_dim,
+        }
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -170,12 +195,14 @@ class ProgressiveKD(Carrier):
     def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
         logits = functional.rows(student_logits, axis, mask).flatten(0, -2)
         probs = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, -1)
-        keep = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
-        at = _ids(index, mask)
-        if mask is not None:
-            keep = keep & mask.flatten()
+        at, keep = _ids(index, mask), None if mask is None else mask.flatten()
+        if not (_checks.values_are_free(probs) and math.isfinite(float(probs.sum()))):
+            finite = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
+            keep = finite if keep is None else keep & finite
         if isinstance(self.targets, _Table):
-            self.targets.write(at, probs, keep=keep)
+            self.targets._put(at, probs, keep)
+        elif keep is None:
+            self.targets.write(at, probs)
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
         self._count(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks, schedules
+from . import _checks, _soft_targets, schedules
 from ._carrier import Carrier
+from ._soft_targets import Term
+from .deterministic import DeterministicKD
 from .progressive import ProgressiveKD
 from .schedules import Schedule
 
 STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
+_NO_SCALAR = "Term {!r} must give a scalar tensor (reduction='mean' or 'sum'); got {}."
 NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
 
 
@@ -164,18 +167,49 @@ class LossStack(Carrier):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
-        total: Tensor | None = None
-        values = {}
+        merged = self._merged(picked)
+        soft, of_soft = (
+            _soft_targets.evaluate(list(merged.values()), self._weights_of(merged)) if merged else (None, [])
+        )
+        values = dict(zip(merged, of_soft, strict=True))
+        total = soft
         for i, (name, term) in enumerate(self.terms.items()):
+            if name in merged:
+                continue
             value = term(**picked[name])
             if not isinstance(value, Tensor) or value.ndim:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {shape}.")
+                raise ValueError(
+                    _NO_SCALAR.format(name, tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__)
+                )
             weighted = self._weights[i].to(value.dtype) * value
             total = weighted if total is None else total + weighted
             values[name] = value.detach()
         assert total is not None  # a stack has a term
-        return total, values
+        return total, {name: values[name] for name in self.terms}
+
+    def _merged(self, picked: Mapping[str, dict[str, Any]]) -> dict[str, Term]:
+        """The terms that are soft targets for the same logits and mask, to be worked out in one pass."""
+        merged: dict[str, Term] = {}
+        if not _soft_targets.usable():
+            return merged
+        same: tuple[Any, ...] | None = None
+        for name, term in self.terms.items():
+            if type(term) not in (DeterministicKD, ProgressiveKD) or term._forward_hooks or term._forward_pre_hooks:
+                continue
+            given = picked[name]
+            key = given["student_logits"], given.get("mask"), term.class_dim
+            if term.reduction == "none" or (
+                same is not None and any(a is not b for a, b in zip(same, key, strict=True))
+            ):
+                continue
+            soft = cast(Any, term)._soft_term(**given)
+            if soft is not None and (not merged or soft.student.dtype == next(iter(merged.values())).student.dtype):
+                same, merged[name] = key, soft
+        return merged if len(merged) > 1 else {}
+
+    def _weights_of(self, names: Container[str]) -> list[float | Tensor]:
+        weights = self._weights.tolist() if self._weights.device.type == "cpu" else self._weights
+        return [weights[i] for i, name in enumerate(self.terms) if name in names]
 
     def __call__(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
         result: tuple[Tensor, dict[str, Tensor]] = super().__call__(**tensors)

@@ -117,6 +117,10 @@ class _Table(Carrier):
         distribution (checked on the CPU) and then changes nothing; on other devices the caller vouches for it.
         """
         self._check_write(index, probs, keep)
+        self._put(index, probs, keep)
+
+    def _put(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
+        """`write`, of what is known to be distributions."""
         at, probs = index.to(self.known.device), probs.to(self.known.device)
         order = torch.arange(self._num_written, self._num_written + len(at), device=at.device)
         if keep is not None:
@@ -125,18 +129,28 @@ class _Table(Carrier):
         self._last_write.scatter_reduce_(0, at, order, "amax")
         winner = self._last_write.index_select(0, at) - self._num_written
         self._num_written += len(at)
-        written = winner >= 0
-        new = probs.index_select(0, winner.clamp_min(0))
-        rows, known = self.rows.index_select(0, at), self.known.index_select(0, at)
-        kept, classes = self._encode(new, rows, known)
-        self.rows.index_copy_(0, at, torch.where(rearrange(written, "n -> n 1"), kept.to(self.dtype), rows))
+        written = None
+        if keep is not None:
+            written = winner >= 0
+            winner = winner.clamp_min(0)
+        kept, classes = self._encode(probs.index_select(0, winner), at)
+        self._store(self.rows, at, kept, written)
         if self.classes is not None and classes is not None:
-            old = self.classes.index_select(0, at)
-            self.classes.index_copy_(0, at, torch.where(rearrange(written, "n -> n 1"), classes.to(old.dtype), old))
-        self.known.index_copy_(0, at, known | written)
+            self._store(self.classes, at, classes, written)
+        if written is None:
+            self.known.index_fill_(0, at, True)
+        else:
+            self.known.index_copy_(0, at, self.known.index_select(0, at) | written)
 
-    def _encode(self, new: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is stored for the probabilities `new`, given the stored `rows` and whether they are `known`."""
+    @staticmethod
+    def _store(table: Tensor, at: Tensor, new: Tensor, written: Tensor | None) -> None:
+        new = new.to(table.dtype)
+        if written is not None:
+            new = torch.where(rearrange(written, "n -> n 1"), new, table.index_select(0, at))
+        table.index_copy_(0, at, new)
+
+    def _encode(self, new: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is stored for the probabilities `new` of the ids `at`."""
         if self.top_k is None:
             return new, None
         kept, classes = new.topk(self.top_k, dim=-1)
@@ -290,11 +304,11 @@ class EMATargets(_Table):
         super().__init__(num_samples, num_classes, dtype, device, None, path)
         self.decay = decay
 
-    def _encode(self, new: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, new: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
         precision = torch.promote_types(self.dtype, torch.float32)
-        new, rows = new.to(precision), rows.to(precision)
+        new, rows = new.to(precision), self.rows.index_select(0, at).to(precision)
         average = self.decay * rows + (1 - self.decay) * new
-        return torch.where(rearrange(known, "n -> n 1"), average, new), None
+        return torch.where(rearrange(self.known.index_select(0, at), "n -> n 1"), average, new), None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}"
