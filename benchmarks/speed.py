@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aikd_losses
 from aikd_losses import CachedTargets, DeterministicKD, LossStack, ProgressiveKD
+from aikd_losses.functional import linear_deterministic_kd
 
 RESULTS = Path(__file__).parent / "results"
 VIEWS = {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "t", "transpose", "permute", "detach", "alias", "slice",
@@ -49,6 +50,7 @@ class Row:
     usual: Callable[[Tensor], Tensor]
     bound: float | None = None
     dtype: torch.dtype = torch.float32
+    copy: int = 0  # elements of the unit of memory, if not those of `shape`
 
 
 def kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
@@ -81,6 +83,7 @@ def rows(device: torch.device) -> list[Row]:
         ):
             found.append(together(shape, temperature, bound, device))
     found.append(with_store(device))
+    found.append(linear_heads(device))
     return found
 
 
@@ -138,6 +141,25 @@ def with_store(device: torch.device) -> Row:
     return Row("progressive, store", (n, c), ours, usual, 0.60)
 
 
+def linear_heads(device: torch.device) -> Row:
+    """KD of two heads from hidden states, 512 positions of 128 to 50,257 classes, against the logits made whole. The logits are
+    the unit of memory here, so s, which is a hundredth of their size, stands for the hidden states."""
+    positions, width, classes = 512, 128, 50_257
+    weight, other = (torch.randn(classes, width, device=device) / width**0.5 for _ in range(2))
+    weight.requires_grad_()
+    hidden = torch.randn(positions, width, device=device)
+
+    def ours(s: Tensor) -> Tensor:
+        weight.grad = None
+        return linear_deterministic_kd(s, weight, hidden, other)
+
+    def usual(s: Tensor) -> Tensor:
+        weight.grad = None
+        return kd(s @ weight.t(), hidden @ other.t(), 4.0)
+
+    return Row("linear heads, KD", (positions, width), ours, usual, 0.55, copy=positions * classes)
+
+
 class Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -154,8 +176,9 @@ def kernels(loss: Callable[[Tensor], Tensor], s: Tensor) -> int:
     return mode.count
 
 
-def memory(loss: Callable[[Tensor], Tensor], s: Tensor) -> tuple[float, float]:
+def memory(loss: Callable[[Tensor], Tensor], s: Tensor, copy: int = 0) -> tuple[float, float]:
     """What is held after the forward pass, and the most at any time, in copies of the logits in float32."""
+    unit = 4 * (copy or s.numel())
     if s.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -163,7 +186,7 @@ def memory(loss: Callable[[Tensor], Tensor], s: Tensor) -> tuple[float, float]:
         held = torch.cuda.memory_allocated() - before
         value.backward()
         most = torch.cuda.max_memory_allocated() - before
-        return held / (4 * s.numel()), most / (4 * s.numel())
+        return held / unit, most / unit
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         value = loss(s)
     held = _highest(record)[0]
@@ -171,7 +194,7 @@ def memory(loss: Callable[[Tensor], Tensor], s: Tensor) -> tuple[float, float]:
     del value
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         loss(s).backward()
-    return held / (4 * s.numel()), _highest(record)[1] / (4 * s.numel())
+    return held / unit, _highest(record)[1] / unit
 
 
 def _highest(record: torch.profiler.profile) -> tuple[int, int]:
@@ -216,7 +239,7 @@ def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
         s.grad = None
         result[side] = {"kernels": kernels(loss, s)}
         s.grad = None
-        result[side]["kept"], result[side]["peak"] = memory(loss, s)
+        result[side]["kept"], result[side]["peak"] = memory(loss, s, row.copy)
     return result
 
 

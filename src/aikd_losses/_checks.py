@@ -228,6 +228,25 @@ def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: s
         )
 
 
+def head(name: str, hidden: object, weight: object, bias: object) -> None:
+    """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
+    h, w = _tensor(f"{name}_hidden", hidden), _tensor(f"{name}_weight", weight)
+    given = {f"{name}_hidden": h, f"{name}_weight": w}
+    if bias is not None:
+        given[f"{name}_bias"] = _tensor(f"{name}_bias", bias)
+    for which, x in given.items():
+        if not x.is_floating_point():
+            raise TypeError(f"`{which}` must be floating point; got {x.dtype}.")
+        same_device(which, x, f"{name}_hidden", h)
+    if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
+        raise ValueError(
+            f"`{name}_weight` must be (C, D) with at least 2 classes for `{name}_hidden` of shape (*, D); got "
+            f"{tuple(w.shape)} and {tuple(h.shape)}."
+        )
+    if bias is not None and given[f"{name}_bias"].shape != w.shape[:1]:
+        raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")
+
+
 def condition(value: object, shape: tuple[int, ...]) -> Tensor:
     """A row a position: the positions' shape, then any axes."""
     x = _tensor("condition", value)

@@ -55,6 +55,14 @@ def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, l
     return total, values
 
 
+def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
+    """The sum of each part of a term that is a sum, and their gradient, for whoever takes care of autograd."""
+    with torch.no_grad():
+        parts, rows = _scaled_parts(term.student, (term.mask, [term], [1.0]), [part.target for part in term.parts])
+        sums, slope = _all_rows(rows, parts, wanted)
+        return [number(x.sum()) if isinstance(x, Tensor) else x for x in sums], slope
+
+
 def usable(*constants: object) -> bool:
     """Whether the analytic gradient is all that is asked for: none for `constants`, no transform or compiler that has to
     see through it (which then gets the plain composition)."""
@@ -92,12 +100,13 @@ class _SoftTargets(torch.autograd.Function):
         for term in terms:
             found.append(_reduced(sum(sums[start : start + len(term.parts)]), term, student))
             start += len(term.parts)
+        dtype = wide_type(student)
         total = sum(weight * value for weight, value in zip(weights, found, strict=True))
         if wanted:
             ctx.save_for_backward(student, *tensors)
         if len(terms) > 1:
-            values.extend(x if isinstance(x, Tensor) else torch.tensor(x, dtype=rows.dtype) for x in found)
-        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=rows.dtype)
+            values.extend(x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in found)
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,7 +163,7 @@ def _scaled_parts(
             slope = weight * share * (part.temperature / _count(term, student))
             rowwise = term.reduction == "none" or (isinstance(share, Tensor) and share.ndim > 0)
             found.append(_Scaled(target, part.temperature, share, part.is_logits, slope, rowwise))
-    return found, flat(wide(student))
+    return found, flat(student)
 
 
 def _count(term: Term, student: Tensor) -> Share:
@@ -179,7 +188,7 @@ def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[
     step = max(1, BLOCK // num_classes) if student.device.type == "cpu" else max(1, num_rows)
     if num_rows <= step:
         return _block(student, parts, wanted)
-    slope = torch.empty_like(student, memory_format=torch.contiguous_format) if wanted else None
+    slope = torch.empty(student.shape, dtype=wide_type(student), device=student.device) if wanted else None
     sums: list[list[Share]] = []
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
@@ -196,7 +205,7 @@ def _rows_of(x: _Scaled, rows: slice) -> _Scaled:
 
 
 def _block(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
-    on_cpu = student.device.type == "cpu"
+    on_cpu, student = student.device.type == "cpu", wide(student)
     values, slope = _work(student, parts, wanted, careful=not on_cpu)
     if on_cpu and not all(math.isfinite(float(x.sum()) if isinstance(x, Tensor) else x) for x in values):
         return _work(student, parts, wanted, careful=True)
@@ -323,6 +332,7 @@ def _along(share: Tensor, dim: int) -> Tensor:
 
 def _differentiable(student: Tensor, parts: Sequence[_Scaled]) -> Tensor:
     """The gradient, to be differentiated once more."""
+    student = wide(student)
     result = torch.zeros_like(student)
     for x in parts:
         q, target = torch.softmax(student / x.temperature, -1), x.target

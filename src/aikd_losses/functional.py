@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from . import _checks, _soft_targets
+from ._linear import LinearKD
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
-__all__ = ["DIVERGENCES", "deterministic_kd", "finite_rows", "progressive_kd", "reduce_positions"]
+__all__ = [
+    "DIVERGENCES",
+    "deterministic_kd",
+    "finite_rows",
+    "linear_deterministic_kd",
+    "progressive_kd",
+    "reduce_positions",
+]
 
 
 def deterministic_kd(
@@ -86,6 +94,70 @@ def deterministic_term(
     student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
     part = _soft_targets.Part(_not_narrower(teacher, student), temperature, is_logits=True)
     return _soft_targets.Term(_not_narrower(student, teacher), (part,), mask, reduction)
+
+
+def linear_deterministic_kd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 4.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""`deterministic_kd` of two linear heads, from hidden states: the logits, mostly a language model's largest tensors, never
+    exist whole.
+
+    $$T^2\,\mathrm{KL}(p_T \,\|\, q_T), \qquad s = h_s W_s^\top + b_s, \quad t = h_t W_t^\top + b_t$$
+
+    Args:
+        student_hidden, teacher_hidden: `(*, D_s)` and `(*, D_t)`, of the same positions.
+        student_weight, teacher_weight: `(C, D_s)` and `(C, D_t)`, as in `nn.Linear`; the biases are `(C,)`.
+        temperature: T > 0 (default 4).
+        mask: bool `(*,)`, True = counts.
+        reduction: `"mean"` (default) or `"sum"` over the positions that count.
+
+    Returns a scalar in nats. The gradients of the student's three tensors are made with the value, in blocks of positions;
+    a second derivative is a RuntimeError. Under `torch.compile` and `torch.func` the plain composition is used.
+
+    >>> h, w, other = torch.randn(6, 4), torch.randn(10, 4), torch.randn(10, 4)
+    >>> value = linear_deterministic_kd(h, w, h, other)
+    >>> torch.testing.assert_close(value, deterministic_kd(h @ w.T, h @ other.T))
+
+    Reference: making the gradient of a head's loss chunk by chunk in the forward pass: Hsu et al., *Liger Kernel: Efficient
+    Triton Kernels for LLM Training*, 2024, https://arxiv.org/abs/2410.10989.
+    """
+    temperature = _checks.temperature(temperature)
+    _checks.choice("reduction", reduction, ("mean", "sum"))
+    _checks.head("student", student_hidden, student_weight, student_bias)
+    _checks.head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    for name, mine, other in (
+        ("teacher_hidden", teacher_hidden.shape[:-1], student_hidden.shape[:-1]),
+        ("teacher_weight", teacher_weight.shape[:1], student_weight.shape[:1]),
+    ):
+        if mine != other:
+            raise ValueError(
+                f"`{name}` must have the {'positions' if 'hidden' in name else 'classes'} of the student, {tuple(other)}; got "
+                f"{tuple(mine)}."
+            )
+    _checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    _checks.mask(mask, student_hidden, student_hidden.ndim - 1)
+    student = student_hidden, student_weight, student_bias
+    teacher = teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
+    if not _soft_targets.usable():
+        logits = (torch.nn.functional.linear(*head) for head in (student, teacher))
+        return deterministic_kd(*logits, temperature=temperature, mask=mask, reduction=reduction, class_dim=-1)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student)
+    flat = None if mask is None else mask.flatten()
+    rows = student_hidden.reshape(-1, student_hidden.shape[-1])
+    of_teacher = teacher[0].reshape(-1, teacher_hidden.shape[-1]), *teacher[1:]
+    value: Tensor = LinearKD.apply(  # type: ignore[no-untyped-call]
+        rows, student_weight, student_bias, of_teacher, flat, temperature, reduction, wanted
+    )
+    return value
 
 
 def progressive_kd(

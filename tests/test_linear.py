@@ -1,0 +1,126 @@
+"""KD of linear heads: the same as with the logits made whole, which are never made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aikd_losses import _linear
+from aikd_losses.functional import linear_deterministic_kd
+
+POSITIONS, C = (3, 5), 11
+
+
+@pytest.fixture(params=["whole", "blocks"], autouse=True)
+def way(request, monkeypatch):
+    """All positions at once, or four at a time (and a rest of three)."""
+    if request.param == "blocks":
+        monkeypatch.setattr(_linear, "LINEAR_BLOCK", 4 * C)
+
+
+@pytest.fixture
+def tensors():
+    sizes = {"hidden": (*POSITIONS, 4), "weight": (C, 4), "bias": (C,)}
+    student = {f"student_{name}": torch.randn(size).double().requires_grad_() for name, size in sizes.items()}
+    sizes = {"hidden": (*POSITIONS, 6), "weight": (C, 6), "bias": (C,)}
+    return student | {f"teacher_{name}": torch.randn(size).double() for name, size in sizes.items()}
+
+
+def usual(x, temperature, mask, reduction):
+    s = F.linear(x["student_hidden"], x["student_weight"], x.get("student_bias")).flatten(0, -2)
+    t = F.linear(x["teacher_hidden"], x["teacher_weight"], x.get("teacher_bias")).flatten(0, -2)
+    rows = F.kl_div((s / temperature).log_softmax(-1), (t / temperature).softmax(-1), reduction="none").sum(-1)
+    rows = rows if mask is None else rows[mask.flatten()]
+    return temperature**2 * (rows.mean() if reduction == "mean" else rows.sum())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_are_those_of_the_logits_made_whole(tensors, reduction, masked, bias):
+    if not bias:
+        del tensors["student_bias"], tensors["teacher_bias"]
+    mask = torch.arange(15).view(POSITIONS) % 4 != 1 if masked else None
+    own = [x for x in tensors.values() if x.requires_grad]
+    expected = usual(tensors, 3.0, mask, reduction)
+    value = linear_deterministic_kd(**tensors, temperature=3.0, mask=mask, reduction=reduction)
+    torch.testing.assert_close(value, expected)
+    slopes = torch.autograd.grad(2.0 * value, own, retain_graph=True)
+    again = torch.autograd.grad(2.0 * value, own)  # the first has taken what the forward pass made
+    for found in (slopes, again):
+        torch.testing.assert_close(found, torch.autograd.grad(2.0 * expected, own, retain_graph=True))
+
+
+def test_what_is_masked_may_be_nan(tensors):
+    mask = torch.ones(POSITIONS, dtype=torch.bool)
+    mask[1, 2] = False
+    clean = linear_deterministic_kd(**tensors, mask=mask)
+    with torch.no_grad():
+        tensors["student_hidden"][1, 2] = torch.nan
+        tensors["teacher_hidden"][1, 2] = torch.nan
+    value = linear_deterministic_kd(**tensors, mask=mask)
+    torch.testing.assert_close(value, clean)
+    value.backward()
+    assert tensors["student_weight"].grad.isfinite().all()
+    assert (tensors["student_hidden"].grad[1, 2] == 0).all()
+    nothing = linear_deterministic_kd(**tensors, mask=mask & False)
+    assert nothing == 0
+    assert nothing.requires_grad
+
+
+def test_half_precision_and_autocast_compute_in_float32(tensors):
+    low = {name: x.detach().bfloat16().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        value = linear_deterministic_kd(**low)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), usual(tensors, 4.0, None, "mean"), rtol=0.05, atol=0.05)
+    value.backward()
+    assert low["student_weight"].grad.dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_refused_and_a_transform_gets_the_plain_composition(tensors):
+    weight = tensors["student_weight"]
+    value = linear_deterministic_kd(**tensors)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(value, weight, create_graph=True)
+    (slope,) = torch.autograd.grad(linear_deterministic_kd(**tensors), weight)
+    found = torch.func.grad(lambda w: linear_deterministic_kd(**{**tensors, "student_weight": w}))(weight.detach())
+    torch.testing.assert_close(found, slope)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"student_weight": torch.randn(C, 5)}, ValueError, r"`student_weight` must be \(C, D\)"),
+        ({"student_bias": torch.randn(3)}, ValueError, r"`student_bias` must have the shape \(11,\)"),
+        (
+            {"teacher_weight": torch.randn(9, 6), "teacher_bias": None},
+            ValueError,
+            r"`teacher_weight` must have the classes",
+        ),
+        ({"teacher_hidden": torch.randn(3, 4, 6)}, ValueError, r"`teacher_hidden` must have the positions"),
+        ({"teacher_hidden": torch.ones(3, 5, 6).long()}, TypeError, r"`teacher_hidden` must be floating point"),
+        ({"student_hidden": None}, TypeError, r"`student_hidden` must be a torch.Tensor"),
+        ({"reduction": "none"}, ValueError, r"`reduction` must be one of 'mean', 'sum'"),
+        ({"temperature": 0.0}, ValueError, r"`temperature` must be"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"`mask` must have the shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tensors, change, error, sentence):
+    with pytest.raises(error, match=sentence):
+        linear_deterministic_kd(**{**tensors, **change})
+
+
+def test_the_logits_never_exist_whole(monkeypatch):
+    monkeypatch.setattr(_linear, "LINEAR_BLOCK", 2**14)
+    h, w = torch.randn(512, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
+    other = torch.randn(2000, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        linear_deterministic_kd(h, w, h.detach(), other).backward()
+    held = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert most < 0.5 * 512 * 2000 * 4
