@@ -52,6 +52,7 @@ def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, maske
     total, values = criterion(**tensors)
     assert total.is_meta
     assert all(value.is_meta for value in values.values())
+    assert {total.dtype, *(value.dtype for value in values.values())} == {torch.float32}
     total.backward()
     tensors.pop("target")
     criterion.update(**tensors)

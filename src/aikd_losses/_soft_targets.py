@@ -105,8 +105,8 @@ class _SoftTargets(torch.autograd.Function):
         if wanted:
             ctx.save_for_backward(student, *tensors)
         if len(terms) > 1:
-            values.extend(x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in found)
-        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=dtype)
+            values.extend(_as_tensor(x, dtype) for x in found)
+        return _as_tensor(total, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,6 +125,11 @@ class _SoftTargets(torch.autograd.Function):
             if not (isinstance(scale, float) and scale == 1.0):
                 result.mul_(scale)
         return result.to(student.dtype), *[None] * (5 + len(tensors))
+
+
+def _as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
+    """A weight or alpha on a device is float64, and would make the value so."""
+    return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype)
 
 
 class _Scaled(NamedTuple):
