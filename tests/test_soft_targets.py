@@ -275,3 +275,24 @@ def test_a_gradient_may_be_taken_twice(way):
     first = s.grad.clone()
     value.backward()
     torch.testing.assert_close(s.grad, 2 * first)
+
+
+def test_a_stack_reads_a_store_once_and_a_write_of_the_users_own_is_called():
+    class Counting(CachedTargets):
+        reads = writes = 0
+
+        def read(self, index):
+            self.reads += 1
+            return super().read(index)
+
+        def write(self, index, probs, *, keep=None):
+            self.writes += 1
+            super().write(index, probs, keep=keep)
+
+    store = Counting(4, 5)
+    stack = LossStack({"p": ProgressiveKD(store)}, weights={"p": 0.25})
+    given = {"student_logits": torch.randn(4, 5), "target": torch.arange(4), "index": torch.arange(4)}
+    stack.update(**given)
+    total, values = stack(**given)
+    assert (store.reads, store.writes) == (1, 1)
+    torch.testing.assert_close(total, 0.25 * values["p"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._soft_targets import Part, Term, number, sums_and_slope
+from ._soft_targets import Part, Term, as_tensor, number, sums_and_slope, wide_type
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
 
@@ -33,11 +33,7 @@ class LinearKD(torch.autograd.Function):
         value, ctx.slopes = _all_blocks((hidden, weight, bias), ctx.settings, wanted)
         if wanted:
             ctx.save_for_backward(hidden, weight, bias)
-        return (
-            value
-            if isinstance(value, Tensor)
-            else torch.tensor(value, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        )
+        return as_tensor(value, wide_type(hidden))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,9 +60,7 @@ def _all_blocks(
     count: float | Tensor = 1.0
     if reduction == "mean":
         count = float(max(1, len(hidden))) if mask is None else number(mask.sum().clamp_min(1).float())
-    slopes = [
-        None if x is None else torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in student
-    ]
+    slopes = [torch.zeros_like(x, dtype=wide_type(x)) if wanted and x is not None else None for x in student]
     value: float | Tensor = 0.0
     step = max(1, LINEAR_BLOCK // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -83,7 +77,7 @@ def _all_blocks(
                 slopes[1].addmm_(slope.to(slopes[1].dtype).t(), h.to(slopes[1].dtype))
                 if slopes[2] is not None:
                     slopes[2] += slope.sum(0)
-    for x in slopes if wanted else []:
+    for x in slopes:
         if x is not None:
             x.div_(count)
     return value / count, slopes if wanted else None

@@ -52,7 +52,7 @@ def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, l
     wanted = student.requires_grad and torch.is_grad_enabled()
     values: list[Tensor] = []
     total = _SoftTargets.apply(student, mask, terms, weights, wanted, values, *tensors)  # type: ignore[no-untyped-call]
-    return total, values
+    return total, values or [total.detach()]
 
 
 def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
@@ -104,9 +104,9 @@ class _SoftTargets(torch.autograd.Function):
         total = sum(weight * value for weight, value in zip(weights, found, strict=True))
         if wanted:
             ctx.save_for_backward(student, *tensors)
-        if len(terms) > 1:
-            values.extend(_as_tensor(x, dtype) for x in found)
-        return _as_tensor(total, dtype)
+        if len(terms) > 1 or not isinstance(weights[0], float) or weights[0] != 1.0:  # else the total is the value
+            values.extend(as_tensor(x, dtype) for x in found)
+        return as_tensor(total, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +127,7 @@ class _SoftTargets(torch.autograd.Function):
         return result.to(student.dtype), *[None] * (5 + len(tensors))
 
 
-def _as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
+def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
     """A weight or alpha on a device is float64, and would make the value so."""
     return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype)
 
@@ -156,6 +156,7 @@ def _scaled_parts(
         return x if visible is None else x.masked_fill(~visible, 0.0)
 
     for term, weight in zip(terms, weights, strict=True):
+        count = _count(term, student)
         for part in term.parts:
             target, share = next(targets), part.share
             if isinstance(share, Tensor) and share.ndim:
@@ -165,7 +166,7 @@ def _scaled_parts(
             target = flat(target) if target.is_floating_point() else target.reshape(-1, 1)
             if visible is not None and not target.is_floating_point():
                 target = target.masked_fill(~visible, 0)  # an ignored label, -100 say, is no class
-            slope = weight * share * (part.temperature / _count(term, student))
+            slope = weight * share * (part.temperature / count)
             rowwise = term.reduction == "none" or (isinstance(share, Tensor) and share.ndim > 0)
             found.append(_Scaled(target, part.temperature, share, part.is_logits, slope, rowwise))
     return found, flat(student)

@@ -199,8 +199,10 @@ class ProgressiveKD(Carrier):
         if not (_checks.values_are_free(probs) and math.isfinite(float(probs.sum()))):
             finite = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
             keep = finite if keep is None else keep & finite
-        if isinstance(self.targets, _Table):
-            self.targets._put(at, probs, keep)
+        if isinstance(self.targets, _Table) and type(self.targets).write is _Table.write:
+            self.targets._put(at, probs, keep)  # these are distributions
+        elif isinstance(self.targets, _Table):
+            self.targets.write(at, probs, keep=keep)
         elif keep is None:
             self.targets.write(at, probs)
         else:

@@ -194,7 +194,7 @@ class LossStack(Carrier):
             return merged
         same: tuple[Any, ...] | None = None
         for name, term in self.terms.items():
-            if type(term) not in (DeterministicKD, ProgressiveKD) or term._forward_hooks or term._forward_pre_hooks:
+            if type(term) not in (DeterministicKD, ProgressiveKD) or _hooked(term):
                 continue
             given = picked[name]
             key = given["student_logits"], given.get("mask"), term.class_dim
@@ -205,7 +205,7 @@ class LossStack(Carrier):
             soft = cast(Any, term)._soft_term(**given)
             if soft is not None and (not merged or soft.student.dtype == next(iter(merged.values())).student.dtype):
                 same, merged[name] = key, soft
-        return merged if len(merged) > 1 else {}
+        return merged
 
     def _weights_of(self, names: Container[str]) -> list[float | Tensor]:
         weights = self._weights.tolist() if self._weights.device.type == "cpu" else self._weights
@@ -263,6 +263,10 @@ class LossStack(Carrier):
 
 def _has(term: nn.Module, method: str) -> bool:
     return callable(getattr(term, method, None))
+
+
+def _hooked(term: nn.Module) -> bool:
+    return any((term._forward_hooks, term._forward_pre_hooks, term._backward_hooks, term._backward_pre_hooks))
 
 
 def _check_term(name: object, term: object) -> None:
