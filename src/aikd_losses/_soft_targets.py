@@ -5,20 +5,27 @@ With $q_T = \mathrm{softmax}(s/T)$ every part is $a\,T^2\,\mathrm{CE}(p, q_T)$, 
 $$\frac{\partial}{\partial s} \sum_i a_i\,T_i^2\,\mathrm{CE}(p_i, q_{T_i}) = \sum_i a_i\,T_i\,(q_{T_i} - p_i)$$
 
 so that the parts of one temperature need one softmax, and all of them one saved tensor: the gradient, made in the forward
-pass while everything is at hand. A CPU works on blocks of rows that stay in its cache.
+pass while everything is at hand. Large logits are worked on in blocks of rows: on a CPU such as stay in its cache; on other
+devices as large as memory comfortably holds several times, so that next to the logits they do not count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**16  # elements that a CPU works on at a time: 0.25 MB in float32
+from . import _checks
+
+BLOCK = 2**15  # elements that a CPU works on at a time: 128 KB in float32
+DEVICE_BLOCK = 2**24  # elements that other devices do: 64 MB
+ROOMS = ("scaled", "log_q", "teacher", "p", "against")  # what a block makes
 FEW_CLASSES = 32  # below, a CPU is faster with the classes on the first axis
+SHORT = 2**14  # elements up to which a dot product, which adds them one by one, is precise
 # Where the direct sum of a KL divergence, whose terms cancel, has lost more than a millionth: above this T, and below this
 # many nats a row.
 DIRECT, NEAR = 8.0, 0.03
@@ -47,18 +54,23 @@ class Term(NamedTuple):
 
 def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, and each term's own value, detached. The terms have the same student and the same mask."""
-    student, mask = terms[0].student, terms[0].mask
-    tensors = [part.target for term in terms for part in term.parts]
-    wanted = student.requires_grad and torch.is_grad_enabled()
-    values: list[Tensor] = []
-    total = _SoftTargets.apply(student, mask, terms, weights, wanted, values, *tensors)  # type: ignore[no-untyped-call]
-    return total, values or [total.detach()]
+    student = terms[0].student
+    task = _Task(terms, weights, student.requires_grad and torch.is_grad_enabled(), [])
+    try:
+        total = _SoftTargets.apply(student, task)  # type: ignore[no-untyped-call]
+    except RuntimeError:  # the kernels look for labels out of range themselves; this says so in a sentence
+        for term in terms:
+            for part in term.parts:
+                if not part.target.is_floating_point():
+                    _checks.labels_in_range(part.target, student.shape[-1], term.mask)
+        raise
+    return total, task.values or [total.detach()]
 
 
 def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
     """The sum of each part of a term that is a sum, and their gradient, for whoever takes care of autograd."""
     with torch.no_grad():
-        parts, rows = _scaled_parts(term.student, (term.mask, [term], [1.0]), [part.target for part in term.parts])
+        parts, rows = _scaled_parts(term.student, [term], [1.0])
         sums, slope = _all_rows(rows, parts, wanted)
         return [number(x.sum()) if isinstance(x, Tensor) else x for x in sums], slope
 
@@ -75,61 +87,69 @@ def usable(*constants: object) -> bool:
 
 def number(x: Share) -> Share:
     """A 0-d tensor as a number, where looking is free."""
-    if isinstance(x, Tensor):
-        return float(x) if x.ndim == 0 and x.device.type == "cpu" else x
-    return float(x)
+    return float(x) if not isinstance(x, Tensor) or (x.ndim == 0 and x.device.type == "cpu") else x
+
+
+class _Task(NamedTuple):
+    terms: Sequence[Term]
+    weights: Sequence[Share]
+    wanted: bool  # a gradient
+    values: list[Tensor]  # of the terms, put there by the forward pass where they are not the total
 
 
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        mask: Tensor | None,
-        terms: Sequence[Term],
-        weights: Sequence[Share],
-        wanted: bool,
-        values: list[Tensor],
-        *tensors: Tensor,
-    ) -> Tensor:
-        """The total; `values` takes those of the terms."""
-        ctx.settings = mask, terms, weights
-        parts, rows = _scaled_parts(student, ctx.settings, tensors)
-        sums, ctx.slope = _all_rows(rows, parts, wanted)
-        found, start = [], 0
-        for term in terms:
-            found.append(_reduced(sum(sums[start : start + len(term.parts)]), term, student))
-            start += len(term.parts)
-        dtype = wide_type(student)
-        total = sum(weight * value for weight, value in zip(weights, found, strict=True))
+    def forward(ctx: Any, student: Tensor, task: _Task) -> Tensor:
+        """The total."""
+        terms, weights, wanted, values = task
+        parts, rows = _scaled_parts(student, terms, weights)
+        sums, slope = _all_rows(rows, parts, wanted)
         if wanted:
-            ctx.save_for_backward(student, *tensors)
-        if len(terms) > 1 or not isinstance(weights[0], float) or weights[0] != 1.0:  # else the total is the value
-            values.extend(as_tensor(x, dtype) for x in found)
-        return as_tensor(total, dtype)
+            ctx.task, ctx.slope = task, slope
+            ctx.save_for_backward(student, *[part.target for term in terms for part in term.parts])
+        dtype = wide_type(student)
+        if len(terms) == 1 and type(weights[0]) is float and weights[0] == 1.0:
+            return as_tensor(_reduced(sums, terms[0], student), dtype)
+        found = []
+        for term in terms:
+            found.append(_reduced(sums[: len(term.parts)], term, student))
+            sums = sums[len(term.parts) :]
+        total = sum([weight * value for weight, value in zip(weights, found, strict=True)])
+        every = as_tensors([total, *found], dtype)
+        values.extend(every[1:])
+        return every[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        student = ctx.saved_tensors[0]  # refuses targets that were changed in place, too
+        terms, weights, _, _ = ctx.task
         # The first backward pass takes what the forward pass made; another one finds nothing and computes it anew.
         slope, ctx.slope = ctx.slope, None
-        student, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more
-            parts, rows = _scaled_parts(student, ctx.settings, tensors)
-            result = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
+            parts, rows = _scaled_parts(student, terms, weights)
+            slope = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
         else:
-            scale = grad.unsqueeze(-1) if grad.ndim else number(grad)
             if slope is None:
-                parts, rows = _scaled_parts(student, ctx.settings, tensors)
+                parts, rows = _scaled_parts(student, terms, weights)
                 slope = _all_rows(rows, parts, True)[1]
-            result = slope.view(student.shape)
-            if not (isinstance(scale, float) and scale == 1.0):
-                result.mul_(scale)
-        return result.to(student.dtype), *[None] * (5 + len(tensors))
+            if slope.ndim != student.ndim:
+                slope = slope.view(student.shape)
+            scale = grad.unsqueeze(-1) if grad.ndim else number(grad)
+            if not (type(scale) is float and scale == 1.0):
+                slope.mul_(scale)
+        return (slope if slope.dtype == student.dtype else slope.to(student.dtype)), None
 
 
 def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
     """A weight or alpha on a device is float64, and would make the value so."""
-    return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype)
+    return x.to(dtype) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype)
+
+
+def as_tensors(values: Sequence[Share], dtype: torch.dtype) -> Sequence[Tensor]:
+    """One call for numbers, which is what they mostly are."""
+    if any(isinstance(x, Tensor) for x in values):
+        return [as_tensor(x, dtype) for x in values]
+    return torch.tensor(values, dtype=dtype).unbind()
 
 
 class _Scaled(NamedTuple):
@@ -144,32 +164,33 @@ class _Scaled(NamedTuple):
 
 
 def _scaled_parts(
-    student: Tensor, settings: tuple[Tensor | None, Sequence[Term], Sequence[Share]], tensors: Sequence[Tensor]
+    student: Tensor, terms: Sequence[Term], weights: Sequence[Share]
 ) -> tuple[list[_Scaled], Tensor]:
     """The parts and the student with one axis of rows; what a mask hides is 0 and has no share."""
-    mask, terms, weights = settings
-    visible = None if mask is None else mask.reshape(-1, 1)
-    found, targets = [], iter(tensors)
-
-    def flat(x: Tensor) -> Tensor:
-        x = x.reshape(-1, x.shape[-1])
-        return x if visible is None else x.masked_fill(~visible, 0.0)
-
+    mask = terms[0].mask
+    hidden = None if mask is None else ~mask.reshape(-1)
+    found = []
     for term, weight in zip(terms, weights, strict=True):
         count = _count(term, student)
-        for part in term.parts:
-            target, share = next(targets), part.share
-            if isinstance(share, Tensor) and share.ndim:
-                share = share.reshape(-1)
-            if visible is not None:
-                share = share * visible.squeeze(-1)
-            target = flat(target) if target.is_floating_point() else target.reshape(-1, 1)
-            if visible is not None and not target.is_floating_point():
-                target = target.masked_fill(~visible, 0)  # an ignored label, -100 say, is no class
-            slope = weight * share * (part.temperature / count)
-            rowwise = term.reduction == "none" or (isinstance(share, Tensor) and share.ndim > 0)
-            found.append(_Scaled(target, part.temperature, share, part.is_logits, slope, rowwise))
-    return found, flat(student)
+        for target, temperature, share, is_logits in term.parts:
+            rowwise = term.reduction == "none"
+            if type(share) is not float and share.ndim:  # type: ignore[union-attr]
+                share, rowwise = share.reshape(-1), True  # type: ignore[union-attr]
+            if hidden is not None:
+                share, rowwise = share * ~hidden, True
+            slope = weight * share * (temperature / count)
+            target = _flat(target, hidden, int(target.is_floating_point()))
+            found.append(_Scaled(target, temperature, share, is_logits, slope, rowwise))
+    return found, _flat(student, hidden, 1)
+
+
+def _flat(x: Tensor, hidden: Tensor | None, axes: int) -> Tensor:
+    """With one axis of rows before the `axes`; 0 in rows that are hidden, where an ignored label, -100 say, is no class."""
+    if x.ndim != 1 + axes:
+        x = x.reshape(-1, *x.shape[x.ndim - axes :])
+    if hidden is None:
+        return x
+    return x.masked_fill(hidden.unsqueeze(-1) if axes else hidden, 0)
 
 
 def _count(term: Term, student: Tensor) -> Share:
@@ -181,104 +202,152 @@ def _count(term: Term, student: Tensor) -> Share:
     return number(term.mask.sum().clamp_min(1).to(wide_type(student)))
 
 
-def _reduced(value: Share, term: Term, student: Tensor) -> Share:
+def _reduced(sums: Sequence[Share], term: Term, student: Tensor) -> Share:
+    """The value of a term from the sums of its parts."""
+    value = sums[0] if len(sums) == 1 else sum(sums)
     if term.reduction == "none":
         shape = student.shape[:-1]
         return value.view(shape) if isinstance(value, Tensor) else student.new_zeros(shape, dtype=wide_type(student))
-    return number(value.sum() if isinstance(value, Tensor) else value) / _count(term, student)
+    return (number(value.sum()) if isinstance(value, Tensor) else value) / _count(term, student)
 
 
 def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
     """Of each part share * T**2 * its value, a sum or one a row, and the gradient, if `wanted`."""
     num_rows, num_classes = student.shape
-    step = max(1, BLOCK // num_classes) if student.device.type == "cpu" else max(1, num_rows)
+    on_cpu = student.device.type == "cpu"
+    step = max(1, (BLOCK if on_cpu else DEVICE_BLOCK) // num_classes)
     if num_rows <= step:
-        return _block(student, parts, wanted)
-    slope = torch.empty(student.shape, dtype=wide_type(student), device=student.device) if wanted else None
-    sums: list[list[Share]] = []
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        values, result = _block(student[rows], [_rows_of(x, rows) for x in parts], wanted)
+        return _block(student, parts, wanted, {})
+    new = partial(torch.empty, dtype=wide_type(student), device=student.device)
+    slope = new(student.shape) if wanted else None
+    # Memory that is fresh costs a CPU more than the arithmetic: blocks take turns in the same.
+    room = {name: new(step, num_classes) for name in ROOMS} if on_cpu and num_classes >= FEW_CLASSES else {}
+    into = [None] * -(-num_rows // step) if slope is None else slope.split(step)
+    sums = []
+    for rows, its_slope, its_parts in zip(student.split(step), into, _split(parts, step, len(into)), strict=True):
+        if len(rows) < step:
+            room = {name: x[: len(rows)] for name, x in room.items()}
+        if its_slope is not None:
+            room["slope"] = its_slope
+        values, result = _block(rows, its_parts, wanted, room)
+        if its_slope is not None and result is not None and result is not its_slope:
+            its_slope.copy_(result)
         sums.append(values)
-        if slope is not None:
-            slope[rows] = result  # type: ignore[assignment]  # wanted
     return [torch.cat(x) if isinstance(x[0], Tensor) and x[0].ndim else sum(x) for x in zip(*sums, strict=True)], slope
 
 
-def _rows_of(x: _Scaled, rows: slice) -> _Scaled:
-    share, slope = (y[rows] if isinstance(y, Tensor) and y.ndim else y for y in (x.share, x.slope))
-    return x._replace(target=x.target[rows], share=share, slope=slope)
+def _split(parts: Sequence[_Scaled], step: int, count: int) -> Iterator[list[_Scaled]]:
+    """The parts of each block of `step` rows."""
+    columns = [
+        [y.split(step) if isinstance(y, Tensor) and y.ndim else [y] * count for y in (x.target, x.share, x.slope)]
+        for x in parts
+    ]
+    for i in range(count):
+        yield [
+            _Scaled(target[i], x.temperature, share[i], x.is_logits, slope[i], x.rowwise)
+            for x, (target, share, slope) in zip(parts, columns, strict=True)
+        ]
 
 
-def _block(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
-    on_cpu, student = student.device.type == "cpu", wide(student)
-    values, slope = _work(student, parts, wanted, careful=not on_cpu)
-    if on_cpu and not all(math.isfinite(float(x.sum()) if isinstance(x, Tensor) else x) for x in values):
-        return _work(student, parts, wanted, careful=True)
+def _block(
+    student: Tensor, parts: Sequence[_Scaled], wanted: bool, room: Mapping[str, Tensor]
+) -> tuple[list[Share], Tensor | None]:
+    """`_work`, once more with care where a CPU sees that it was needed."""
+    if student.device.type != "cpu":
+        return _work(student, parts, wanted, room, careful=True)
+    values, slope = _work(student, parts, wanted, room, careful=False)
+    if not math.isfinite(sum([x if type(x) is float else float(x.sum()) for x in values])):
+        return _work(student, parts, wanted, room, careful=True)
     return values, slope
 
 
-def _work(student: Tensor, parts: Sequence[_Scaled], wanted: bool, careful: bool) -> tuple[list[Share], Tensor | None]:
-    """Without care, a class that is excluded (p or q is 0) gives NaN."""
-    dim = 0 if student.device.type == "cpu" and student.shape[1] < FEW_CLASSES else 1
+def _work(
+    student: Tensor, parts: Sequence[_Scaled], wanted: bool, room: Mapping[str, Tensor], careful: bool
+) -> tuple[list[Share], Tensor | None]:
+    """Without care, a class that is excluded (p or q is 0) gives NaN. What is made goes into the `room` that there is."""
+    dim = 0 if student.shape[1] < FEW_CLASSES and student.device.type == "cpu" else 1
+    dtype = wide_type(student)
     values: list[Share] = [0.0] * len(parts)
     slope = None
-    for temperature in dict.fromkeys(x.temperature for x in parts):
-        log_q = torch.log_softmax(_tempered(student, temperature, dim), dim)
+    for temperature in dict.fromkeys([x.temperature for x in parts]):
+        log_q = _log_softmax(_tempered(student, temperature, dim, dtype, room.get("scaled")), dim, room.get("log_q"))
         against = None  # minus the targets, each times its factor
+        labels = []
         for i, x in enumerate(parts):
-            if x.temperature != temperature or (isinstance(x.share, float) and x.share == 0.0):
+            if x.temperature != temperature or (type(x.share) is float and x.share == 0.0):
                 continue
             if not x.target.is_floating_point():
-                values[i] = _shared(log_q.gather(dim, x.target if dim else x.target.t()), x, dim, -1.0)
+                at = x.target.unsqueeze(dim)
+                labels.append((at, x.slope))
+                values[i] = _shared(log_q.gather(dim, at), x, dim, -1.0)
                 continue
-            p, terms, difference = (_kl if x.is_logits else _cross_entropy)(student, x, log_q, dim, careful)
-            values[i] = _shared(terms, x, dim, 1.0 if x.is_logits else -1.0)
+            difference = None
+            if x.is_logits:
+                p, value, difference = _kl(student, x, log_q, dim, room, careful)
+                values[i] = _shared(value, x, dim, 1.0)
+            else:
+                p = x.target if x.target.dtype == dtype else x.target.to(dtype)
+                p = p if dim else p.t()
+                terms = log_q.masked_fill(p == 0, 0.0) if careful else log_q  # 0 log 0 = 0
+                values[i] = _shared(_inner(terms, p, x.rowwise, room.get("scaled")), x, dim, -1.0)
             if not wanted:
                 continue
             if difference is not None:
                 difference.mul_(_along(x.slope, dim) if isinstance(x.slope, Tensor) else x.slope)
                 slope = difference if slope is None else slope.add_(difference)
             else:
-                against = _add(against, p, x.slope, dim, owned=x.is_logits)
+                against = _add(against, p, x.slope, dim, p if x.is_logits else room.get("against"))
         if not wanted:
             continue
-        for x in parts:
-            if x.temperature == temperature and not x.target.is_floating_point():
-                at = x.target if dim else x.target.t()
-                against = torch.zeros_like(log_q) if against is None else against
-                against.scatter_add_(dim, at, _column(x.slope, at, against, dim))
+        for at, factor in labels:
+            if against is None:
+                against = room["against"].zero_() if "against" in room else torch.zeros_like(log_q)
+            against = _scattered(against, dim, at, factor)
         if against is not None:  # against - q * (sum of against over the classes)
-            result = torch.ops.aten._log_softmax_backward_data(against, log_q, dim, log_q.dtype)
+            out = room.get("slope" if slope is None else "scaled") if dim else None
+            result = torch._log_softmax_backward_data(against, log_q, dim, dtype, out=out)
             slope = result if slope is None else slope.add_(result)
-    if wanted and slope is None:  # no part has a share
-        return values, torch.zeros_like(student)
-    return values, None if slope is None else slope if dim else slope.t().contiguous()
+    if not wanted:
+        return values, None
+    if slope is None:  # no part has a share
+        return values, torch.zeros_like(student, dtype=dtype)
+    return values, slope if dim else slope.t().contiguous()
 
 
-def _cross_entropy(student: Tensor, x: _Scaled, log_q: Tensor, dim: int, careful: bool) -> tuple[Tensor, Tensor, None]:
-    """p, and terms that sum to minus the cross-entropy."""
-    p = x.target.to(log_q.dtype)
-    p = p if dim else p.t()
-    return p, p * (log_q.masked_fill(p == 0, 0.0) if careful else log_q), None  # 0 log 0 = 0
+def _log_softmax(x: Tensor, dim: int, out: Tensor | None) -> Tensor:
+    return torch.log_softmax(x, dim) if out is None else torch._log_softmax(x, dim, False, out=out)
+
+
+def _softmax(x: Tensor, dim: int, out: Tensor | None) -> Tensor:
+    return torch.softmax(x, dim) if out is None else torch._softmax(x, dim, False, out=out)
+
+
+def _inner(a: Tensor, b: Tensor, rowwise: bool, out: Tensor | None) -> Tensor:
+    """a * b, whose sum is wanted; where a value a row is not, the sum if that is a kernel less and as precise."""
+    if not rowwise and a.numel() <= SHORT and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return torch.mul(a, b, out=out)
 
 
 def _kl(
-    student: Tensor, x: _Scaled, log_q: Tensor, dim: int, careful: bool
+    student: Tensor, x: _Scaled, log_q: Tensor, dim: int, room: Mapping[str, Tensor], careful: bool
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """p, terms that sum to KL (or their sum) and, where the difference of the two softmax would be imprecise, q - p."""
-    teacher = _tempered(x.target.to(log_q.dtype), x.temperature, dim)
-    p = torch.softmax(teacher, dim)
+    teacher = _tempered(x.target, x.temperature, dim, log_q.dtype, room.get("teacher"))
+    if not dim:
+        teacher = teacher.contiguous()
+    p = _softmax(teacher, dim, room.get("p"))
     if careful:
         return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
     if x.temperature <= DIRECT:
-        terms = torch.log_softmax(teacher, dim).sub_(log_q).mul_(p)
-        value = float(terms.sum())
+        terms = _log_softmax(teacher, dim, room.get("scaled")).sub_(log_q)
+        terms = _inner(terms, p, x.rowwise, terms)
+        value = float(terms.sum() if terms.ndim else terms)
         if not value < NEAR * len(student):
             return p, terms if x.rowwise else value, None
     if p.numel() and float(p.min()) < SMALLEST:
         return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
-    return p, *_near(_tempered(student - x.target, x.temperature, dim), p, dim)
+    return p, *_near(_tempered(wide(student) - x.target, x.temperature, dim, log_q.dtype, None), p, dim)
 
 
 def _near(d: Tensor, p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -306,8 +375,10 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _shared(terms: Tensor | float, x: _Scaled, dim: int, sign: float) -> Share:
     """share * T**2 * the sum of the terms, over everything or a row."""
     share, square = x.share, sign * x.temperature**2
-    if isinstance(terms, float) or not x.rowwise:
-        return square * share * (terms if isinstance(terms, float) else number(terms.sum()))
+    if isinstance(terms, float):
+        return square * share * terms
+    if not x.rowwise:
+        return square * share * number(terms.sum() if terms.ndim else terms)
     rows = terms.sum(dim)
     if isinstance(share, Tensor) and share.ndim:
         rows = torch.where(share > 0, share * rows, 0.0)  # 0 * inf would be NaN
@@ -315,21 +386,21 @@ def _shared(terms: Tensor | float, x: _Scaled, dim: int, sign: float) -> Share:
     return rows.mul_(square * share)
 
 
-def _add(against: Tensor | None, p: Tensor, slope: Share, dim: int, owned: bool) -> Tensor:
-    """against - slope * p."""
+def _add(against: Tensor | None, p: Tensor, slope: Share, dim: int, out: Tensor | None) -> Tensor:
+    """against - slope * p; into `out` if it is the first."""
     if isinstance(slope, float):
-        if against is None:
-            return p.mul_(-slope) if owned else p * -slope
-        return against.add_(p, alpha=-slope)
+        return torch.mul(p, -slope, out=out) if against is None else against.add_(p, alpha=-slope)
     factor = -_along(slope, dim)
     return p * factor if against is None else against.addcmul_(p, factor.to(p.dtype))
 
 
-def _column(slope: Share, at: Tensor, like: Tensor, dim: int) -> Tensor:
-    """- slope, one for each label."""
-    if isinstance(slope, float):
-        return torch.full(at.shape, -slope, dtype=like.dtype, device=like.device)
-    return _along(slope, dim).neg().to(like.dtype).expand(at.shape)
+def _scattered(against: Tensor, dim: int, at: Tensor, slope: Share) -> Tensor:
+    """against - slope at the labels, one a row."""
+    if isinstance(slope, float) and against.device.type == "cpu":
+        return against.scatter_(dim, at, -slope, reduce="add")
+    # Not scatter_add_, which has no deterministic form on a GPU.
+    factor = _along(slope, dim) if isinstance(slope, Tensor) else slope
+    return against.scatter_(dim, at, (against.gather(dim, at) - factor).to(against.dtype))
 
 
 def _along(share: Tensor, dim: int) -> Tensor:
@@ -343,7 +414,7 @@ def _differentiable(student: Tensor, parts: Sequence[_Scaled]) -> Tensor:
     for x in parts:
         q, target = torch.softmax(student / x.temperature, -1), x.target
         if not target.is_floating_point():
-            p = torch.zeros_like(student).scatter(1, target, 1.0)
+            p = torch.zeros_like(student).scatter(1, target.unsqueeze(1), 1.0)
         elif x.is_logits:
             p = torch.softmax(target.to(q.dtype) / x.temperature, -1)
         else:
@@ -353,18 +424,20 @@ def _differentiable(student: Tensor, parts: Sequence[_Scaled]) -> Tensor:
     return result
 
 
-def _tempered(logits: Tensor, temperature: float, dim: int) -> Tensor:
-    """logits / T, with the classes on the axis `dim`."""
-    if dim:
-        return logits if temperature == 1.0 else logits * (1.0 / temperature)
-    turned = torch.empty(logits.shape[::-1], dtype=logits.dtype)
-    return torch.mul(logits.t(), 1.0 / temperature, out=turned)
+def _tempered(logits: Tensor, temperature: float, dim: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """logits / T in `dtype`, with the classes on the axis `dim`."""
+    if logits.dtype != dtype:
+        logits = logits.to(dtype) if out is None else out.copy_(logits)
+    if temperature != 1.0:
+        logits = torch.mul(logits, 1.0 / temperature, out=out)
+    return logits if dim else logits.t()
 
 
 def wide_type(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
     """float32 at least."""
-    return x.to(wide_type(x))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+

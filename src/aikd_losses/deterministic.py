@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -73,20 +73,24 @@ class DeterministicKD(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """$T^2 D(p, q)$, reduced."""
-        return functional.deterministic_kd(student_logits, teacher_logits, mask=mask, **self._settings())
+        return functional.deterministic(
+            student_logits,
+            teacher_logits,
+            mask,
+            self.temperature,
+            self.divergence,
+            self.beta,
+            self.reduction,
+            self.class_dim,
+        )
 
     def _soft_term(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Term | None:
         """`forward` as soft targets that a stack may merge with others, or None."""
-        return functional.deterministic_term(student_logits, teacher_logits, mask=mask, **self._settings())
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "divergence": self.divergence,
-            "beta": self.beta,
-            "reduction": self.reduction,
-            "class_dim": self.class_dim,
-        }
+        if self.divergence != "forward_kl":
+            return None
+        return functional.deterministic_term(
+            student_logits, teacher_logits, mask, self.temperature, self.reduction, self.class_dim
+        )
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -44,19 +44,27 @@ def deterministic_kd(
     >>> deterministic_kd(student, student, temperature=1.0)
     tensor(0.)
     """
-    term = deterministic_term(
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        mask=mask,
-        reduction=reduction,
-        class_dim=class_dim,
-    )
-    if term is not None:
+    check_divergence(divergence, beta)
+    temperature = _checks.temperature(temperature)
+    _checks.reduction(reduction)
+    return deterministic(student_logits, teacher_logits, mask, temperature, divergence, beta, reduction, class_dim)
+
+
+def deterministic(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    reduction: str,
+    class_dim: int | None,
+) -> Tensor:
+    """`deterministic_kd` with settings that were checked already."""
+    if divergence == "forward_kl" and _soft_targets.usable():
+        term = deterministic_term(student_logits, teacher_logits, mask, temperature, reduction, class_dim)
         return _soft_targets.evaluate([term], [1.0])[0]
-    axis = _checks.logits(student_logits, class_dim)
+    axis = _check_teacher(student_logits, teacher_logits, mask, class_dim)
     student = rows(student_logits, axis, mask)
     teacher = _visible(teacher_logits.detach(), axis, mask).to(student.dtype)
     log_q = torch.log_softmax(student / temperature, -1)
@@ -74,26 +82,26 @@ def deterministic_kd(
 def deterministic_term(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    *,
-    temperature: float,
-    divergence: str,
-    beta: float,
     mask: Tensor | None,
+    temperature: float,
     reduction: str,
     class_dim: int | None,
-) -> _soft_targets.Term | None:
-    """`deterministic_kd` as soft targets that can be merged with others; None where the plain composition is needed."""
-    check_divergence(divergence, beta)
-    temperature = _checks.temperature(temperature)
-    _checks.reduction(reduction)
+) -> _soft_targets.Term:
+    """Forward KL as soft targets that can be merged with others, where those are usable."""
+    axis = _check_teacher(student_logits, teacher_logits, mask, class_dim)
+    student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
+    if teacher.dtype != student.dtype:
+        student, teacher = _not_narrower(student, teacher), _not_narrower(teacher, student)
+    return _soft_targets.Term(
+        student, (_soft_targets.Part(teacher, temperature, is_logits=True),), mask, reduction
+    )
+
+
+def _check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, class_dim: int | None) -> int:
     axis = _checks.logits(student_logits, class_dim)
     _checks.like_logits("teacher_logits", teacher_logits, student_logits)
     _checks.mask(mask, student_logits, axis)
-    if divergence != "forward_kl" or not _soft_targets.usable():
-        return None
-    student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
-    part = _soft_targets.Part(_not_narrower(teacher, student), temperature, is_logits=True)
-    return _soft_targets.Term(_not_narrower(student, teacher), (part,), mask, reduction)
+    return axis
 
 
 def linear_deterministic_kd(
@@ -181,20 +189,31 @@ def progressive_kd(
     >>> progressive_kd(s, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), alpha=0.5)    # log 2, whatever the target
     tensor(0.6931)
     """
-    term = progressive_term(
-        student_logits,
-        previous,
-        target,
-        alpha=alpha,
-        known=known,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        class_dim=class_dim,
-    )
-    if term is not None:
+    temperature = _checks.temperature(temperature)
+    _checks.reduction(reduction)
+    return progressive(student_logits, previous, target, alpha, known, temperature, mask, reduction, class_dim)
+
+
+def progressive(
+    student_logits: Tensor,
+    previous: Tensor,
+    target: Tensor | None,
+    alpha: float | Tensor,
+    known: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    reduction: str,
+    class_dim: int | None,
+) -> Tensor:
+    """`progressive_kd` with settings that were checked already."""
+    if _soft_targets.usable(alpha, target):
+        term = progressive_term(
+            student_logits, previous, target, alpha, known, temperature, mask, reduction, class_dim
+        )
         return _soft_targets.evaluate([term], [1.0])[0]
-    axis = _checks.logits(student_logits, class_dim)
+    axis = _check_previous(student_logits, previous, target, alpha, known, mask, class_dim)
+    if target is not None and not target.is_floating_point():
+        _checks.labels_in_range(target, student_logits.shape[axis], mask)
     student = rows(student_logits, axis, mask)
     previous = previous.detach().movedim(axis, -1).to(student.dtype)
     a = alpha.to(previous.dtype) if isinstance(alpha, Tensor) else alpha
@@ -214,26 +233,15 @@ def progressive_term(
     student_logits: Tensor,
     previous: Tensor,
     target: Tensor | None,
-    *,
     alpha: float | Tensor,
     known: Tensor | None,
     temperature: float,
     mask: Tensor | None,
     reduction: str,
     class_dim: int | None,
-) -> _soft_targets.Term | None:
-    """`progressive_kd` as soft targets that can be merged with others; None where the plain composition is needed."""
-    temperature = _checks.temperature(temperature)
-    _checks.reduction(reduction)
-    axis = _checks.logits(student_logits, class_dim)
-    _checks.like_logits("previous", previous, student_logits)
-    _checks.alpha(alpha, student_logits, axis)
-    _checks.mask(known, student_logits, axis, "known")
-    _checks.mask(mask, student_logits, axis)
-    if target is not None:
-        _checks.class_target(target, student_logits, axis, mask)
-    if not _soft_targets.usable(alpha, target):
-        return None
+) -> _soft_targets.Term:
+    """The progressive loss as soft targets that can be merged with others, where those are usable."""
+    axis = _check_previous(student_logits, previous, target, alpha, known, mask, class_dim)
     a = _soft_targets.number(alpha)
     if known is not None and not (_checks.values_are_free(known) and bool(known.all())):
         a = (a.to(_soft_targets.wide_type(student_logits)) if isinstance(a, Tensor) else a) * known
@@ -242,6 +250,25 @@ def progressive_term(
         soft = target.is_floating_point()
         parts.append(_soft_targets.Part(_classes_last(target, axis) if soft else target, 1.0, 1.0 - a))
     return _soft_targets.Term(_classes_last(student_logits, axis), tuple(parts), mask, reduction)
+
+
+def _check_previous(
+    student_logits: Tensor,
+    previous: Tensor,
+    target: Tensor | None,
+    alpha: float | Tensor,
+    known: Tensor | None,
+    mask: Tensor | None,
+    class_dim: int | None,
+) -> int:
+    axis = _checks.logits(student_logits, class_dim)
+    _checks.like_logits("previous", previous, student_logits)
+    _checks.alpha(alpha, student_logits, axis)
+    _checks.mask(known, student_logits, axis, "known")
+    _checks.mask(mask, student_logits, axis)
+    if target is not None:
+        _checks.class_target(target, student_logits, axis)
+    return axis
 
 
 def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:

@@ -110,8 +110,8 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
-        previous, settings = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
-        return functional.progressive_kd(student_logits, previous, target, **settings)
+        previous, known = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
+        return functional.progressive(student_logits, previous, target, *self._settings(known, mask))
 
     def _soft_term(
         self,
@@ -124,8 +124,14 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Term | None:
         """`forward` as soft targets that a stack may merge with others, or None."""
-        previous, settings = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
-        return functional.progressive_term(student_logits, previous, target, **settings)
+        if target is not None and target.requires_grad:
+            return None
+        previous, known = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
+        return functional.progressive_term(student_logits, previous, target, *self._settings(known, mask))
+
+    def _settings(self, known: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
+        alpha = _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha
+        return alpha, known, self.temperature, mask, self.reduction, self.class_dim
 
     def _looked_up(
         self,
@@ -134,8 +140,8 @@ class ProgressiveKD(Carrier):
         mask: Tensor | None,
         partner_index: Tensor | None,
         mix_lambda: float | Tensor,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The previous predictions, and what else the loss depends on."""
+    ) -> tuple[Tensor, Tensor]:
+        """The previous predictions, and whether they are known."""
         axis = self._check(student_logits, index, mask)
         if index is None:
             if partner_index is not None:
@@ -145,14 +151,7 @@ class ProgressiveKD(Carrier):
             previous, known = self._read(student_logits, axis, index, mask)
         else:
             previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda)
-        return previous.movedim(-1, axis), {
-            "alpha": _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha,
-            "known": known,
-            "temperature": self.temperature,
-            "mask": mask,
-            "reduction": self.reduction,
-            "class_dim": self.class_dim,
-        }
+        return (previous if axis == previous.ndim - 1 else previous.movedim(-1, axis)), known
 
     if TYPE_CHECKING:
         __call__ = forward
