@@ -70,7 +70,7 @@ def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, l
 def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
     """The sum of each part of a term that is a sum, and their gradient, for whoever takes care of autograd."""
     with torch.no_grad():
-        parts, rows = _scaled_parts(term.student, [term], [1.0])
+        parts, rows, _ = _scaled_parts(term.student, [term], [1.0])
         sums, slope = _all_rows(rows, parts, wanted)
         return [number(x.sum()) if isinstance(x, Tensor) else x for x in sums], slope
 
@@ -102,17 +102,17 @@ class _SoftTargets(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, task: _Task) -> Tensor:
         """The total."""
         terms, weights, wanted, values = task
-        parts, rows = _scaled_parts(student, terms, weights)
+        parts, rows, counts = _scaled_parts(student, terms, weights)
         sums, slope = _all_rows(rows, parts, wanted)
         if wanted:
             ctx.task, ctx.slope = task, slope
             ctx.save_for_backward(student, *[part.target for term in terms for part in term.parts])
         dtype = wide_type(student)
         if len(terms) == 1 and type(weights[0]) is float and weights[0] == 1.0:
-            return as_tensor(_reduced(sums, terms[0], student), dtype)
+            return as_tensor(_reduced(sums, terms[0], counts[0], student), dtype)
         found = []
-        for term in terms:
-            found.append(_reduced(sums[: len(term.parts)], term, student))
+        for term, count in zip(terms, counts, strict=True):
+            found.append(_reduced(sums[: len(term.parts)], term, count, student))
             sums = sums[len(term.parts) :]
         total = sum([weight * value for weight, value in zip(weights, found, strict=True)])
         every = as_tensors([total, *found], dtype)
@@ -126,11 +126,11 @@ class _SoftTargets(torch.autograd.Function):
         # The first backward pass takes what the forward pass made; another one finds nothing and computes it anew.
         slope, ctx.slope = ctx.slope, None
         if torch.is_grad_enabled():  # to be differentiated once more
-            parts, rows = _scaled_parts(student, terms, weights)
+            parts, rows, _ = _scaled_parts(student, terms, weights)
             slope = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
         else:
             if slope is None:
-                parts, rows = _scaled_parts(student, terms, weights)
+                parts, rows, _ = _scaled_parts(student, terms, weights)
                 slope = _all_rows(rows, parts, True)[1]
             if slope.ndim != student.ndim:
                 slope = slope.view(student.shape)
@@ -165,13 +165,15 @@ class _Scaled(NamedTuple):
 
 def _scaled_parts(
     student: Tensor, terms: Sequence[Term], weights: Sequence[Share]
-) -> tuple[list[_Scaled], Tensor]:
-    """The parts and the student with one axis of rows; what a mask hides is 0 and has no share."""
+) -> tuple[list[_Scaled], Tensor, list[Share]]:
+    """The parts and the student with one axis of rows, and what the sum of each term is divided by; what a mask hides is 0
+    and has no share."""
     mask = terms[0].mask
     hidden = None if mask is None else ~mask.reshape(-1)
-    found = []
+    found, counts = [], []
     for term, weight in zip(terms, weights, strict=True):
         count = _count(term, student)
+        counts.append(count)
         for target, temperature, share, is_logits in term.parts:
             rowwise = term.reduction == "none"
             if type(share) is not float and share.ndim:  # type: ignore[union-attr]
@@ -181,7 +183,7 @@ def _scaled_parts(
             slope = weight * share * (temperature / count)
             target = _flat(target, hidden, int(target.is_floating_point()))
             found.append(_Scaled(target, temperature, share, is_logits, slope, rowwise))
-    return found, _flat(student, hidden, 1)
+    return found, _flat(student, hidden, 1), counts
 
 
 def _flat(x: Tensor, hidden: Tensor | None, axes: int) -> Tensor:
@@ -202,13 +204,13 @@ def _count(term: Term, student: Tensor) -> Share:
     return number(term.mask.sum().clamp_min(1).to(wide_type(student)))
 
 
-def _reduced(sums: Sequence[Share], term: Term, student: Tensor) -> Share:
+def _reduced(sums: Sequence[Share], term: Term, count: Share, student: Tensor) -> Share:
     """The value of a term from the sums of its parts."""
     value = sums[0] if len(sums) == 1 else sum(sums)
     if term.reduction == "none":
         shape = student.shape[:-1]
         return value.view(shape) if isinstance(value, Tensor) else student.new_zeros(shape, dtype=wide_type(student))
-    return (number(value.sum()) if isinstance(value, Tensor) else value) / _count(term, student)
+    return (number(value.sum()) if isinstance(value, Tensor) else value) / count
 
 
 def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:

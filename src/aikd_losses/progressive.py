@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -140,15 +140,15 @@ class ProgressiveKD(Carrier):
         mask: Tensor | None,
         partner_index: Tensor | None,
         mix_lambda: float | Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The previous predictions, and whether they are known."""
-        axis = self._check(student_logits, index, mask)
+    ) -> tuple[Tensor, Tensor | None]:
+        """The previous predictions, and whether they are known (None: all of them)."""
+        axis = self._check(student_logits, mask)
         if index is None:
             if partner_index is not None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
             previous, known = self._nothing(student_logits, axis)
         elif partner_index is None:
-            previous, known = self._read(student_logits, axis, index, mask)
+            previous, known = self._read("index", index, student_logits, axis, mask)
         else:
             previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda)
         return (previous if axis == previous.ndim - 1 else previous.movedim(-1, axis)), known
@@ -185,30 +185,33 @@ class ProgressiveKD(Carrier):
                 "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
                 "`.train()` on the loss, or pass `index=None`."
             )
-        axis = self._check(student_logits, index, mask)
+        axis = self._check(student_logits, mask)
+        if index is not None:
+            self._check_index("index", index, student_logits, axis, mask)
         if index is None or partner_index is not None:
             return _nothing_to_do
         return partial(self._remember, student_logits.detach(), axis, index, mask)
 
     @torch.no_grad()
     def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
-        logits = functional.rows(student_logits, axis, mask).flatten(0, -2)
-        probs = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, -1)
+        logits = functional.rows(student_logits, axis, mask)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        probs = torch.softmax(logits, -1)
+        probs = probs if probs.ndim == 2 else probs.flatten(0, -2)
         at, keep = _ids(index, mask), None if mask is None else mask.flatten()
         if not (_checks.values_are_free(probs) and math.isfinite(float(probs.sum()))):
             finite = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
             keep = finite if keep is None else keep & finite
-        if isinstance(self.targets, _Table) and type(self.targets).write is _Table.write:
-            self.targets._put(at, probs, keep)  # these are distributions
-        elif isinstance(self.targets, _Table):
-            self.targets.write(at, probs, keep=keep)
-        elif keep is None:
-            self.targets.write(at, probs)
+        targets = self.targets
+        if not isinstance(targets, _Table):
+            targets.write(*((at, probs) if keep is None else (at[keep.to(at.device)], probs[keep])))
+        elif type(targets).write is _Table.write:
+            targets._put(at, probs, keep)  # these are distributions
         else:
-            self.targets.write(at[keep.to(at.device)], probs[keep])
-        self._count(
-            len(at) if mask is None else 1
-        )  # how many a mask leaves is not known without waiting for the device
+            targets.write(at, probs, keep=keep)
+        # How many a mask leaves is not known without waiting for the device.
+        self._count(len(at) if mask is None else 1)
 
     def _count(self, rows: int) -> None:
         self._rows_seen += rows
@@ -254,7 +257,7 @@ class ProgressiveKD(Carrier):
         self.alpha.fill_(alpha)
         self._rows_seen = 0
 
-    def _check(self, student_logits: Tensor, index: Tensor | None, mask: Tensor | None) -> int:
+    def _check(self, student_logits: Tensor, mask: Tensor | None) -> int:
         axis = _checks.logits(student_logits, self.class_dim)
         _checks.mask(mask, student_logits, axis)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
@@ -263,42 +266,70 @@ class ProgressiveKD(Carrier):
                 f"`student_logits` must have the {classes} classes of the target store on axis {axis}; got shape "
                 f"{tuple(student_logits.shape)}."
             )
-        if index is not None:
-            self._check_index("index", index, student_logits, axis, mask)
         return axis
 
     def _check_index(self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None) -> None:
         shape = _checks.positions(student_logits, axis)
         _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask)
 
+    def _is_ours(self) -> bool:
+        """A store that is read as ours are, whatever a subclass may do when it writes."""
+        return isinstance(self.targets, _Table) and type(self.targets).read is _Table.read
+
     def _nothing(self, student_logits: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         shape = _checks.positions(student_logits, axis)
         previous = student_logits.new_zeros((*shape, student_logits.shape[axis]))
         return previous, torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
 
-    def _read(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stored rows, class axis last, and whether they are known, where the logits are."""
-        at = _ids(index, mask)
-        shown = None
-        if isinstance(self.targets, _Table):
-            at = at.to(self.targets.known.device)  # the rows travel once, from the store to the logits
-        elif mask is not None:  # a store of the user's own is not asked for what is masked
+    def _read(
+        self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stored rows, class axis last, and whether they are known (None: all), where the logits are."""
+        shape = _checks.positions(student_logits, axis)
+        if self._is_ours():
+            _checks.sample_index(name, index, shape, None)
+            try:
+                probs, known = self._read_ours(_ids(index, mask))
+            except IndexError:  # an id out of range, which reading finds by itself; this says so in a sentence
+                self._check_index(name, index, student_logits, axis, mask)
+                raise
+        else:
+            self._check_index(name, index, student_logits, axis, mask)
+            probs, known = self._read_others(index, mask, student_logits.shape[axis])
+        device = student_logits.device
+        if probs.device != device:  # a store elsewhere: its rows travel once
+            probs, known = probs.to(device), None if known is None else known.to(device)
+        if len(shape) == 1:
+            return probs, known
+        return probs.unflatten(0, shape), None if known is None else known.unflatten(0, shape)
+
+    @torch.no_grad()
+    def _read_ours(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        store = cast(_Table, self.targets)
+        if at.device != store.known.device:
+            at = at.to(store.known.device)
+        if _soft_targets.usable() and store.complete:  # a compiled step, which cannot look, serves all epochs
+            return store._probs(at), None
+        return store._probs(at), store.known.index_select(0, at)
+
+    def _read_others(self, index: Tensor, mask: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
+        """From a store of the user's own, which is not asked for what is masked."""
+        at, shown = index.flatten(), None
+        if mask is not None:
             shown = mask.flatten().to(at.device).nonzero().squeeze(-1)
             at = at[shown]
         probs, known = self.targets.read(at)
-        shape = _checks.positions(student_logits, axis)
-        wanted = (len(at), student_logits.shape[axis])
+        wanted = (len(at), num_classes)
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
             raise ValueError(
                 f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
                 f"{tuple(probs.shape)} and {tuple(known.shape)}."
             )
-        if shown is not None:
-            shown = shown.to(probs.device)
-            probs = probs.new_zeros(index.numel(), wanted[1]).index_copy_(0, shown, probs)
-            known = known.new_zeros(index.numel()).index_copy_(0, shown.to(known.device), known)
-        device = student_logits.device
-        return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
+        if shown is None:
+            return probs, known
+        shown = shown.to(probs.device)
+        probs = probs.new_zeros(index.numel(), num_classes).index_copy_(0, shown, probs)
+        return probs, known.new_zeros(index.numel()).index_copy_(0, shown.to(known.device), known)
 
     def _read_blended(
         self,
@@ -308,11 +339,10 @@ class ProgressiveKD(Carrier):
         mask: Tensor | None,
         partner_index: Tensor,
         mix_lambda: float | Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """$\\lambda$ row + (1 - $\\lambda$) partner's row, known where both are."""
-        self._check_index("partner_index", partner_index, student_logits, axis, mask)
-        first, first_known = self._read(student_logits, axis, index, mask)
-        second, second_known = self._read(student_logits, axis, partner_index, mask)
+        first, first_known = self._read("index", index, student_logits, axis, mask)
+        second, second_known = self._read("partner_index", partner_index, student_logits, axis, mask)
         if isinstance(mix_lambda, Tensor):
             if tuple(mix_lambda.shape) not in ((), (len(index),)):
                 raise ValueError(
@@ -322,7 +352,8 @@ class ProgressiveKD(Carrier):
             share: float | Tensor = mix_lambda.to(first).reshape(-1, *[1] * (first.ndim - 1))
         else:
             share = _checks.number("mix_lambda", mix_lambda, 0.0, 1.0)
-        return share * first + (1 - share) * second, first_known & second_known
+        known = None if first_known is None or second_known is None else first_known & second_known  # both or neither
+        return share * first + (1 - share) * second, known
 
     def extra_repr(self) -> str:
         return (

@@ -68,6 +68,7 @@ class _Table(Carrier):
         self.path = None if path is None else os.path.abspath(os.fspath(path))
         self.pinned = device is not None or path is not None
         self._num_written = 0
+        self._complete_version: int | None = None  # of `known`, when it was found to be all True
         home = torch.get_default_device() if device is None else torch.device(device)
         if path is not None:
             if device is not None and home.type != "cpu":
@@ -94,20 +95,26 @@ class _Table(Carrier):
         """The rows of the ids `index` `(N,)`: probabilities `(N, C)` in float32, zero where never written, and a bool
         `(N,)`, whether they were; both on the device of `index`."""
         _checks.sample_index("index", index, None, self.num_samples)
-        probs, known = self._read(index.to(self.known.device))
+        at = index.to(self.known.device)
+        probs, known = self._probs(at), self.known.index_select(0, at)
         return probs.to(index.device), known.to(index.device)
 
-    def _read(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        kept, known = self.rows.index_select(0, at).float(), self.known.index_select(0, at)
+    @property
+    def complete(self) -> bool:
+        """Whether every row is known, as far as the last `advance_epoch` saw: then no step has to look."""
+        return self._complete_version == self.known._version
+
+    def _probs(self, at: Tensor) -> Tensor:
+        kept = self.rows.index_select(0, at).float()
         if self.classes is None:
-            return kept, known
+            return kept
         # The kept probabilities, and what is missing to 1 spread evenly over the other classes.
         total = rearrange(kept.sum(-1), "n -> n 1")
         others = self.num_classes - kept.shape[-1]
         kept = kept / (total.clamp_min(1.0) if others else total.clamp_min(torch.finfo(torch.float32).tiny))
-        rest = (1.0 - total).clamp_min(0.0) / max(others, 1) * rearrange(known, "n -> n 1")
-        probs = rest.expand(-1, self.num_classes).scatter(-1, self.classes.index_select(0, at).long(), kept)
-        return probs, known
+        known = rearrange(self.known.index_select(0, at), "n -> n 1")
+        rest = (1.0 - total).clamp_min(0.0) / max(others, 1) * known
+        return rest.expand(-1, self.num_classes).scatter(-1, self.classes.index_select(0, at).long(), kept)
 
     @torch.no_grad()
     def write(self, index: Tensor, probs: Tensor, *, keep: Tensor | None = None) -> None:
@@ -122,10 +129,27 @@ class _Table(Carrier):
     def _put(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
         """`write`, of what is known to be distributions."""
         at, probs = index.to(self.known.device), probs.to(self.known.device)
+        if at.device.type == "cpu":
+            self._put_in_order(*((at, probs) if keep is None else (at[keep], probs[keep])))
+        else:
+            self._put_numbered(at, probs, None if keep is None else keep.to(at.device))
+
+    def _put_in_order(self, at: Tensor, probs: Tensor) -> None:
+        """A CPU writes rows one after the other, so that of equal ids the last one stays."""
+        kept, classes = self._encode(probs, at)
+        self._store(self.rows, at, kept, None)
+        if self.classes is not None and classes is not None:
+            self._store(self.classes, at, classes, None)
+        self._last_write.index_fill_(0, at, 0)
+        if not self.complete:
+            self.known.index_fill_(0, at, True)
+
+    def _put_numbered(self, at: Tensor, probs: Tensor, keep: Tensor | None) -> None:
+        """Elsewhere rows are written all at once. They are numbered, and the highest number wins, so that equal ids need no
+        order and dropped rows no branch."""
         order = torch.arange(self._num_written, self._num_written + len(at), device=at.device)
         if keep is not None:
-            order = order.masked_fill(~keep.to(at.device), -1)
-        # Writes are numbered, and the highest number wins, so that equal ids need no order and dropped rows no branch.
+            order = order.masked_fill(~keep, -1)
         self._last_write.scatter_reduce_(0, at, order, "amax")
         winner = self._last_write.index_select(0, at) - self._num_written
         self._num_written += len(at)
@@ -178,6 +202,8 @@ class _Table(Carrier):
     def _forget_writes(self) -> None:
         self._last_write.fill_(-1)
         self._num_written = 0
+        gaps = self.known.is_meta or not bool(self.known.all())
+        self._complete_version = None if gaps else self.known._version
 
     def _after_load(self) -> None:
         self._forget_writes()  # what is loaded here is loaded on every rank
