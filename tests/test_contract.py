@@ -263,3 +263,12 @@ def test_a_stack_of_torchs_own_losses_compiles():
     s, t, y, _, _ = tensors()
     given = dict(student_logits=s, teacher_logits=t, target=y)
     torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(**given), stack(**given))
+
+
+def test_the_students_adversarial_loss_refuses_a_second_derivative():
+    loss = AdversarialDistributionLoss(MLPDiscriminator(3))
+    s = torch.randn(4, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(s, torch.randn(4, 3)), s, retain_graph=True)
+    assert slope.shape == s.shape
+    with pytest.raises(RuntimeError, match="no second derivative for the student"):
+        torch.autograd.grad(loss(s, torch.randn(4, 3)), s, create_graph=True)

@@ -46,7 +46,10 @@ def test_reading_a_value_on_the_stand_in_raises(tensors):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, masked):
-    criterion = AIKDLoss(num_samples=20, num_classes=C, num_epochs=3).to(META)
+    criterion = AIKDLoss(num_samples=20, num_classes=C, num_epochs=3)
+    assert criterion.terms["adversarial"].optimizer.param_groups[0]["fused"]
+    criterion.to(META)
+    assert not criterion.terms["adversarial"].optimizer.param_groups[0]["fused"]  # the stand-in has no fused step
     if not masked:
         del tensors["mask"]
     total, values = criterion(**tensors)

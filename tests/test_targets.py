@@ -346,3 +346,48 @@ def test_a_store_of_the_users_own_gets_flat_ids_without_masked_and_spoilt_rows()
     torch.testing.assert_close(value, -(soft * logits[0, :2].log_softmax(-1)).sum(-1).mean())
     loss.advance_epoch()
     assert store.advances == 1
+
+
+def test_a_complete_store_is_known_to_be_so_only_as_long_as_nothing_says_otherwise():
+    store, ids = CachedTargets(3, 2), torch.arange(3)
+    loss = ProgressiveKD(store)
+    store.write(ids, torch.full((3, 2), 0.5))
+    assert not store.complete  # nobody has looked
+    store.advance_epoch()
+    assert store.complete
+    store.write(ids[:1], torch.tensor([[1.0, 0.0]]))
+    assert store.complete
+    assert store.read(ids)[1].all()
+    assert not copy.deepcopy(store).to("meta").complete
+    store.known[1] = False  # by hand
+    assert not store.complete
+    s = torch.randn(3, 2)
+    values = ProgressiveKD(store, reduction="none")(s, torch.zeros(3, dtype=torch.int64), index=ids)
+    plain = torch.nn.functional.cross_entropy(s[1], torch.tensor(0))
+    torch.testing.assert_close(values[1], plain)
+    other = CachedTargets(3, 2)
+    loss.targets.write(ids, torch.full((3, 2), 0.5))
+    other.load_state_dict(store.state_dict())
+    assert other.complete  # whoever loads looks
+    assert not CachedTargets(3, 2).complete
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("kind", ["cached", "top_k", "ema"])
+def test_both_ways_of_writing_keep_the_last_of_equal_ids(kind, ordered):
+    """In order, as on a CPU, and numbered, as elsewhere."""
+    make = {"cached": CachedTargets, "top_k": lambda *a, **k: CachedTargets(*a, top_k=2, **k), "ema": EMATargets}[kind]
+    store = make(5, 3, dtype=torch.float32)
+    first, index = torch.randn(5, 3).softmax(-1), torch.tensor([4, 1, 4, 1, 0])
+    new, keep = torch.randn(5, 3).softmax(-1), torch.tensor([True, True, True, False, False])
+    expected = make(5, 3, dtype=torch.float32)
+    for table in (store, expected):
+        table.write(torch.arange(5), first)
+        table.advance_epoch()
+    expected.write(torch.tensor([4, 1]), new[[2, 1]])  # what is left of it
+    if ordered:
+        store._put(index, new, keep)
+    else:
+        store._put_numbered(index, new, keep)
+    torch.testing.assert_close(store.read(torch.arange(5)), expected.read(torch.arange(5)))
+    assert (store._last_write >= 0).tolist() == [False, True, False, False, True]

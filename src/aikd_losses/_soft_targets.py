@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import _checks
 
-BLOCK = 2**15  # elements that a CPU works on at a time: 128 KB in float32
+BLOCK = 2**17  # elements that a CPU works on at a time (twice as many it does in one go): 0.5 MB in float32
 DEVICE_BLOCK = 2**24  # elements that other devices do: 64 MB
-ROOMS = ("scaled", "log_q", "teacher", "p", "against")  # what a block makes
+ROOMS = ("scaled", "log_q", "teacher", "p")  # what a block makes; targets that are no logits ask for one more
 FEW_CLASSES = 32  # below, a CPU is faster with the classes on the first axis
 SHORT = 2**14  # elements up to which a dot product, which adds them one by one, is precise
 # Where the direct sum of a KL divergence, whose terms cancel, has lost more than a millionth: above this T, and below this
@@ -218,12 +218,13 @@ def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[
     num_rows, num_classes = student.shape
     on_cpu = student.device.type == "cpu"
     step = max(1, (BLOCK if on_cpu else DEVICE_BLOCK) // num_classes)
-    if num_rows <= step:
+    if num_rows <= (2 * step if on_cpu else step):
         return _block(student, parts, wanted, {})
     new = partial(torch.empty, dtype=wide_type(student), device=student.device)
     slope = new(student.shape) if wanted else None
     # Memory that is fresh costs a CPU more than the arithmetic: blocks take turns in the same.
-    room = {name: new(step, num_classes) for name in ROOMS} if on_cpu and num_classes >= FEW_CLASSES else {}
+    names = ROOMS if all(x.is_logits for x in parts) else (*ROOMS, "against")
+    room = {name: new(step, num_classes) for name in names} if on_cpu and num_classes >= FEW_CLASSES else {}
     into = [None] * -(-num_rows // step) if slope is None else slope.split(step)
     sums = []
     for rows, its_slope, its_parts in zip(student.split(step), into, _split(parts, step, len(into)), strict=True):
@@ -240,7 +241,7 @@ def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[
 
 def _split(parts: Sequence[_Scaled], step: int, count: int) -> Iterator[list[_Scaled]]:
     """The parts of each block of `step` rows."""
-    columns = [
+    columns: list[list[Any]] = [
         [y.split(step) if isinstance(y, Tensor) and y.ndim else [y] * count for y in (x.target, x.share, x.slope)]
         for x in parts
     ]
@@ -258,7 +259,7 @@ def _block(
     if student.device.type != "cpu":
         return _work(student, parts, wanted, room, careful=True)
     values, slope = _work(student, parts, wanted, room, careful=False)
-    if not math.isfinite(sum([x if type(x) is float else float(x.sum()) for x in values])):
+    if not math.isfinite(sum([float(x.sum()) if isinstance(x, Tensor) else x for x in values])):
         return _work(student, parts, wanted, room, careful=True)
     return values, slope
 
@@ -442,4 +443,3 @@ def wide_type(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """float32 at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import _checks, _distributed, functional
+from . import _checks, _distributed, _soft_targets, functional
 from ._carrier import Carrier
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 
 INPUTS = ("probs", "log_probs", "logits")
+FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch's optimizers have a fused step
 
 
 class AdversarialDistributionLoss(Carrier):
@@ -127,16 +128,22 @@ class AdversarialDistributionLoss(Carrier):
         """The student's loss: how far the discriminator is from taking the student for the teacher."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
         shape = _checks.positions(student_logits, axis)
-        # The discriminator as it is now: no gradient reaches it, and no later step disturbs this graph.
-        state = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
-        score = partial(self._score, {name: x.detach().clone() for name, x in state}, condition)
-        teacher_scores = None
-        with _no_autocast(student_logits.device.type):
-            student_scores = score(self._rows(student_logits, axis, mask))
-            if self.objective.paired:
-                teacher_scores = score(self._rows(teacher_logits.detach(), axis, mask))
-            values = self.objective.student(student_scores, teacher_scores)
+        student = self._rows(student_logits, axis, mask)
+        teacher = self._rows(teacher_logits.detach(), axis, mask) if self.objective.paired else None
+        with _no_autocast(student.device.type):
+            if _soft_targets.usable():
+                values = _Fooling.apply(student, teacher, condition, self)  # type: ignore[no-untyped-call]
+            else:
+                values = self._student_values(student, teacher, condition)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
+
+    def _student_values(self, student: Tensor, teacher: Tensor | None, condition: Tensor | None) -> Tensor:
+        """A value a row, by the discriminator as it is; its buffers stay as they are."""
+        buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
+        if torch.compiler.is_compiling():  # a later step must not disturb this graph
+            buffers.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
+        score = partial(self._score, buffers, condition)
+        return self.objective.student(score(student), None if teacher is None else score(teacher))
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -163,9 +170,9 @@ class AdversarialDistributionLoss(Carrier):
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
         buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-        student, teacher = (self._rows(x.detach(), axis, mask) for x in (student_logits, teacher_logits))
-        with _no_autocast(student.device.type):
-            values = self._discriminator_values(buffers, student, teacher, condition)
+        both = torch.cat([self._rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
+        with _no_autocast(both.device.type):
+            values = self._discriminator_values(buffers, both, condition)
         shape = _checks.positions(student_logits, axis)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
@@ -219,41 +226,45 @@ class AdversarialDistributionLoss(Carrier):
         condition: Tensor | None,
     ) -> Tensor:
         self._agree_on_all_ranks()
-        student, teacher = (functional.rows(x, axis, mask) for x in (student_logits, teacher_logits))
-        finite = functional.finite_rows(student) & functional.finite_rows(teacher)
-        counts = finite if mask is None else finite & mask
-        student, teacher = (self._seen(x.masked_fill(~counts.unsqueeze(-1), 0.0)) for x in (student, teacher))
+        both = torch.cat([functional.rows(x, axis, mask).flatten(0, -2) for x in (teacher_logits, student_logits)])
+        counts = None if mask is None else mask.flatten()
+        if not (_checks.values_are_free(both) and math.isfinite(float(both.sum()))):
+            finite = functional.finite_rows(both).unflatten(0, (2, -1)).all(0)
+            counts = finite if counts is None else finite & counts
+            both = both.masked_fill(~torch.cat([finite, finite]).unsqueeze(-1), 0.0)
         parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
-        with _no_autocast(student.device.type):
-            values = self._discriminator_values({}, student, teacher, condition)
-            total = functional.reduce_positions(values, counts.flatten(), "sum")
-            slopes = torch.autograd.grad(total, parameters, allow_unused=True)
+        with _no_autocast(both.device.type):
+            values = self._discriminator_values({}, self._seen(both), condition)
+            alone = not _distributed.active()
+            loss = functional.reduce_positions(values, counts, "mean" if alone else "sum")
+            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+        loss = loss.detach()
         optimizer.zero_grad(set_to_none=True)  # leaves out what is not ours
         used = [(p, slope) for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
-        # Sums and counts over ranks, so that the mean is over all rows, however many each rank has.
-        total, count, *sums = _distributed.sum_over_ranks(
-            [total.detach(), counts.sum().to(total), *(g for _, g in used)]
-        )
-        count = count.clamp_min(1)
-        for (parameter, _), slope in zip(used, sums, strict=True):
-            parameter.grad = slope / count.to(slope)
+        if not alone:  # sums and counts over ranks, so that the mean is over all rows, however many each rank has
+            count = loss.new_tensor(len(values)) if counts is None else counts.sum().to(loss)
+            loss, count, *sums = _distributed.sum_over_ranks([loss, count, *(slope for _, slope in used)])
+            count = count.clamp_min(1)
+            loss = loss / count
+            used = [(p, slope / count.to(slope)) for (p, _), slope in zip(used, sums, strict=True)]
+        for parameter, slope in used:
+            parameter.grad = slope
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
-        return total / count
+        return loss
 
     def _agree_on_all_ranks(self) -> None:
         if _distributed.active() and not self._same_on_all_ranks:
             _distributed.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
             self._same_on_all_ranks = True
 
-    def _discriminator_values(
-        self, state: dict[str, Tensor], student: Tensor, teacher: Tensor, condition: Tensor | None
-    ) -> Tensor:
-        """A value a row; both sides are shown in one call."""
-        both = None if condition is None else torch.cat([condition, condition])
-        scores = self._score(state, both, torch.cat([teacher, student]))
-        values = self.objective.discriminator(scores[: len(teacher)], scores[len(teacher) :])
+    def _discriminator_values(self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None) -> Tensor:
+        """A value a row; both sides, the teacher's first, are shown in one call."""
+        scores = self._score(state, None if condition is None else torch.cat([condition, condition]), both)
+        of_teacher, of_student = scores.unflatten(0, (2, -1)).unbind()
+        values = self.objective.discriminator(of_teacher, of_student)
         if self.penalty is not None:
+            teacher, student = both.unflatten(0, (2, -1)).unbind()
             values = values + self.penalty(partial(self._score, state, condition), teacher, student)
         return values
 
@@ -261,8 +272,9 @@ class AdversarialDistributionLoss(Carrier):
         """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
         parameter = next(self.discriminator.parameters(), x)
         shown = x.to(parameter.dtype)
-        scores: Tensor = functional_call(
-            self.discriminator, state, (shown,) if condition is None else (shown, condition)
+        arguments = (shown,) if condition is None else (shown, condition)
+        scores: Tensor = (
+            functional_call(self.discriminator, state, arguments) if state else self.discriminator(*arguments)
         )
         if scores.shape not in ((len(x),), (len(x), 1)):
             raise ValueError(
@@ -277,10 +289,12 @@ class AdversarialDistributionLoss(Carrier):
     def _seen(self, logits: Tensor) -> Tensor:
         """What the discriminator is shown, `(rows, C)`, of logits with the class axis last; in its precision, float32 at
         least."""
-        x = logits.flatten(0, -2) / self.temperature
+        x = logits if logits.ndim == 2 else logits.flatten(0, -2)
+        x = x if self.temperature == 1.0 else x / self.temperature
         x = torch.softmax(x, -1) if self.inputs == "probs" else x
         x = torch.log_softmax(x, -1) if self.inputs == "log_probs" else x
-        x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
+        if self.inputs != "probs":
+            x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
         precision = next(self.discriminator.parameters(), x).dtype
         return x.to(torch.promote_types(precision, torch.float32))
 
@@ -313,6 +327,9 @@ class AdversarialDistributionLoss(Carrier):
             now = dict(zip(map(id, before), self.discriminator.parameters(), strict=True))
             for group in self.optimizer.param_groups:  # a move can make new parameters of the old ones
                 group["params"] = [now[id(p)] for p in group["params"]]
+            for group in state["param_groups"]:
+                if group.get("fused") and not all(p.device.type in FUSED for p in now.values()):
+                    group["fused"] = False
             self.optimizer.load_state_dict(state)  # which moves it to its parameters
         return self
 
@@ -344,6 +361,33 @@ class AdversarialDistributionLoss(Carrier):
             f"temperature={self.temperature}, penalty={self.penalty}, optimizer={optimizer}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}"
         )
+
+
+class _Fooling(torch.autograd.Function):
+    """The student's values, a row each, with their gradient made at once: no step of the discriminator that comes before the
+    backward pass disturbs it, and nothing of the discriminator is copied or kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor | None, condition: Tensor | None, loss: AdversarialDistributionLoss
+    ) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return loss._student_values(student, teacher, condition)
+        with torch.enable_grad():
+            shown = student.detach().requires_grad_()
+            values = loss._student_values(shown, teacher, condition)
+            (slope,) = torch.autograd.grad(values, shown, torch.ones_like(values))
+        ctx.save_for_backward(slope)
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "`AdversarialDistributionLoss` has no second derivative for the student (create_graph=True). Take that of the "
+                "other terms alone."
+            )
+        return ctx.saved_tensors[0] * grad.unsqueeze(-1), None, None, None
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -87,7 +87,7 @@ class AIKDLoss(LossStack):
             discriminator = MLPDiscriminator(num_classes)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9))
+        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=True)
         terms = {
             "progressive": ProgressiveKD(
                 CachedTargets(num_samples, num_classes) if targets is None else targets,

@@ -92,9 +92,7 @@ def deterministic_term(
     student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
     if teacher.dtype != student.dtype:
         student, teacher = _not_narrower(student, teacher), _not_narrower(teacher, student)
-    return _soft_targets.Term(
-        student, (_soft_targets.Part(teacher, temperature, is_logits=True),), mask, reduction
-    )
+    return _soft_targets.Term(student, (_soft_targets.Part(teacher, temperature, is_logits=True),), mask, reduction)
 
 
 def _check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, class_dim: int | None) -> int:
@@ -191,7 +189,14 @@ def progressive_kd(
     """
     temperature = _checks.temperature(temperature)
     _checks.reduction(reduction)
-    return progressive(student_logits, previous, target, alpha, known, temperature, mask, reduction, class_dim)
+    axis = _checks.logits(student_logits, class_dim)
+    _checks.like_logits("previous", previous, student_logits)
+    _checks.alpha(alpha, student_logits, axis)
+    _checks.mask(known, student_logits, axis, "known")
+    _checks.mask(mask, student_logits, axis)
+    if target is not None:
+        _checks.class_target(target, student_logits, axis)
+    return progressive(student_logits, previous, target, alpha, known, temperature, mask, reduction, axis)
 
 
 def progressive(
@@ -203,15 +208,12 @@ def progressive(
     temperature: float,
     mask: Tensor | None,
     reduction: str,
-    class_dim: int | None,
+    axis: int,
 ) -> Tensor:
-    """`progressive_kd` with settings that were checked already."""
+    """`progressive_kd` of what was checked already."""
     if _soft_targets.usable(alpha, target):
-        term = progressive_term(
-            student_logits, previous, target, alpha, known, temperature, mask, reduction, class_dim
-        )
+        term = progressive_term(student_logits, previous, target, alpha, known, temperature, mask, reduction, axis)
         return _soft_targets.evaluate([term], [1.0])[0]
-    axis = _check_previous(student_logits, previous, target, alpha, known, mask, class_dim)
     if target is not None and not target.is_floating_point():
         _checks.labels_in_range(target, student_logits.shape[axis], mask)
     student = rows(student_logits, axis, mask)
@@ -238,10 +240,9 @@ def progressive_term(
     temperature: float,
     mask: Tensor | None,
     reduction: str,
-    class_dim: int | None,
+    axis: int,
 ) -> _soft_targets.Term:
     """The progressive loss as soft targets that can be merged with others, where those are usable."""
-    axis = _check_previous(student_logits, previous, target, alpha, known, mask, class_dim)
     a = _soft_targets.number(alpha)
     if known is not None and not (_checks.values_are_free(known) and bool(known.all())):
         a = (a.to(_soft_targets.wide_type(student_logits)) if isinstance(a, Tensor) else a) * known
@@ -250,25 +251,6 @@ def progressive_term(
         soft = target.is_floating_point()
         parts.append(_soft_targets.Part(_classes_last(target, axis) if soft else target, 1.0, 1.0 - a))
     return _soft_targets.Term(_classes_last(student_logits, axis), tuple(parts), mask, reduction)
-
-
-def _check_previous(
-    student_logits: Tensor,
-    previous: Tensor,
-    target: Tensor | None,
-    alpha: float | Tensor,
-    known: Tensor | None,
-    mask: Tensor | None,
-    class_dim: int | None,
-) -> int:
-    axis = _checks.logits(student_logits, class_dim)
-    _checks.like_logits("previous", previous, student_logits)
-    _checks.alpha(alpha, student_logits, axis)
-    _checks.mask(known, student_logits, axis, "known")
-    _checks.mask(mask, student_logits, axis)
-    if target is not None:
-        _checks.class_target(target, student_logits, axis)
-    return axis
 
 
 def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:

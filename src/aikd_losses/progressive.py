@@ -110,8 +110,8 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
-        previous, known = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
-        return functional.progressive(student_logits, previous, target, *self._settings(known, mask))
+        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda)
+        return functional.progressive(student_logits, *arguments)
 
     def _soft_term(
         self,
@@ -126,23 +126,23 @@ class ProgressiveKD(Carrier):
         """`forward` as soft targets that a stack may merge with others, or None."""
         if target is not None and target.requires_grad:
             return None
-        previous, known = self._looked_up(student_logits, index, mask, partner_index, mix_lambda)
-        return functional.progressive_term(student_logits, previous, target, *self._settings(known, mask))
-
-    def _settings(self, known: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
-        alpha = _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha
-        return alpha, known, self.temperature, mask, self.reduction, self.class_dim
+        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda)
+        return functional.progressive_term(student_logits, *arguments)
 
     def _looked_up(
         self,
         student_logits: Tensor,
+        target: Tensor | None,
         index: Tensor | None,
         mask: Tensor | None,
         partner_index: Tensor | None,
         mix_lambda: float | Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The previous predictions, and whether they are known (None: all of them)."""
+    ) -> tuple[Any, ...]:
+        """The previous predictions, and whatever else the loss depends on."""
         axis = self._check(student_logits, mask)
+        if target is not None:
+            _checks.class_target(target, student_logits, axis)
+        known: Tensor | None
         if index is None:
             if partner_index is not None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
@@ -151,7 +151,10 @@ class ProgressiveKD(Carrier):
             previous, known = self._read("index", index, student_logits, axis, mask)
         else:
             previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda)
-        return (previous if axis == previous.ndim - 1 else previous.movedim(-1, axis)), known
+        if axis != previous.ndim - 1:
+            previous = previous.movedim(-1, axis)
+        alpha = _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha
+        return previous, target, alpha, known, self.temperature, mask, self.reduction, axis
 
     if TYPE_CHECKING:
         __call__ = forward
