@@ -296,3 +296,48 @@ def test_a_stack_reads_a_store_once_and_a_write_of_the_users_own_is_called():
     total, values = stack(**given)
     assert (store.reads, store.writes) == (1, 1)
     torch.testing.assert_close(total, 0.25 * values["p"])
+
+
+MANY = {"kd 4": 4.0, "kd 1": 1.0, "kd 1 again": 1.0, "kd 10": 10.0}  # temperatures
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_that_share_their_memory_do_not_disturb_each_other(rows, masked, temperature, dtype, monkeypatch):
+    """Two rows a block, many terms, all in one pass; expected is their sum as published, in float64."""
+    classes = 40
+    monkeypatch.setattr(_soft_targets, "BLOCK", 2 * classes)
+    s, y, index = torch.randn(rows, classes).to(dtype), torch.arange(rows) % classes, torch.arange(rows)
+    teachers = {name: torch.randn(rows, classes).to(dtype) for name in MANY}
+    store = CachedTargets(rows, classes, dtype=torch.float64)
+    store.write(index, torch.randn(rows, classes).softmax(-1))
+    mask = torch.arange(rows) % 3 != 1 if masked else torch.ones(rows, dtype=torch.bool)
+    stack = LossStack(
+        {
+            "p": ProgressiveKD(store, alpha=0.3, temperature=temperature),
+            **{name: DeterministicKD(temperature=t) for name, t in MANY.items()},
+        },
+        weights={"p": 0.5, "kd 4": 0.7},
+        inputs={name: {"teacher_logits": name} for name in MANY},
+    )
+
+    def ours(x):
+        given = {"student_logits": x, "target": y, "index": index, **teachers}
+        return stack(**given, mask=mask)[0] if masked else stack(**given)[0]
+
+    def expected(x):
+        x, previous = x[mask], store.read(index)[0].double()[mask]
+        total = 0.5 * published(x, previous, y[mask], 0.3, temperature)
+        for name, t in MANY.items():
+            total = total + stack.weights[name] * usual(x, teachers[name].double()[mask], t)
+        return total
+
+    wanted = with_gradient(expected, s.double())
+    found = with_gradient(ours, s)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]  # rows are read in float32
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found[1].double(), wanted[1], rtol=tolerance, atol=tolerance * float(wanted[1].abs().max())
+    )

@@ -286,7 +286,8 @@ def _work(
                 continue
             difference = None
             if x.is_logits:
-                p, value, difference = _kl(student, x, log_q, dim, room, careful)
+                # `against` may lie where the p of the first KL was.
+                p, value, difference = _kl(student, x, log_q, dim, room if against is None else {}, careful)
                 values[i] = _shared(value, x, dim, 1.0)
             else:
                 p = x.target if x.target.dtype == dtype else x.target.to(dtype)
