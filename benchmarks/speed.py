@@ -24,6 +24,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +475,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.machine()])[0],
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "platform": platform.platform(),
+        "installed": {name: version(name) for name in PEERS if find_spec(name.replace("-", "_"))},
         "python": platform.python_version(), "torch": torch.__version__, "aikd_losses": aikd_losses.__version__,
     }  # fmt: skip
 

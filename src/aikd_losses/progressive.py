@@ -306,7 +306,6 @@ class ProgressiveKD(Carrier):
             return probs, known
         return probs.unflatten(0, shape), None if known is None else known.unflatten(0, shape)
 
-    @torch.no_grad()
     def _read_ours(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
         store = cast(_Table, self.targets)
         if at.device != store.known.device:
