@@ -270,7 +270,7 @@ class AdversarialDistributionLoss(Carrier):
 
     def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
         """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
-        parameter = next(self.discriminator.parameters(), x)
+        parameter = _first_parameter(self.discriminator, x)
         shown = x.to(parameter.dtype)
         arguments = (shown,) if condition is None else (shown, condition)
         scores: Tensor = (
@@ -295,7 +295,7 @@ class AdversarialDistributionLoss(Carrier):
         x = torch.log_softmax(x, -1) if self.inputs == "log_probs" else x
         if self.inputs != "probs":
             x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
-        precision = next(self.discriminator.parameters(), x).dtype
+        precision = _first_parameter(self.discriminator, x).dtype
         return x.to(torch.promote_types(precision, torch.float32))
 
     def _check(
@@ -305,7 +305,7 @@ class AdversarialDistributionLoss(Carrier):
         axis = _checks.logits(student_logits, self.class_dim)
         _checks.like_logits("teacher_logits", teacher_logits, student_logits)
         _checks.mask(mask, student_logits, axis)
-        home = next(self.discriminator.parameters(), student_logits).device
+        home = _first_parameter(self.discriminator, student_logits).device
         if home != student_logits.device:
             raise ValueError(
                 f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
@@ -388,6 +388,17 @@ class _Fooling(torch.autograd.Function):
                 "other terms alone."
             )
         return ctx.saved_tensors[0] * grad.unsqueeze(-1), None, None, None
+
+
+def _first_parameter(module: nn.Module, default: Tensor) -> Tensor:
+    """What `next(module.parameters(), default)` gives, without its chain of generators: it is asked for in every step."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := _first_parameter(child, default)) is not default:
+            return found
+    return default
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:
