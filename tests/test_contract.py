@@ -272,3 +272,11 @@ def test_the_students_adversarial_loss_refuses_a_second_derivative():
     assert slope.shape == s.shape
     with pytest.raises(RuntimeError, match="no second derivative for the student"):
         torch.autograd.grad(loss(s, torch.randn(4, 3)), s, create_graph=True)
+
+
+def test_under_a_transform_no_gradient_reaches_the_discriminator_either():
+    loss = AdversarialDistributionLoss(MLPDiscriminator(3))
+    s, t = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    values = torch.func.vmap(loss)(s, t)
+    torch.testing.assert_close(values, torch.stack([loss(a, b) for a, b in zip(s, t, strict=True)]))
+    assert not values.requires_grad
