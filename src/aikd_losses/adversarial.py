@@ -140,9 +140,7 @@ class AdversarialDistributionLoss(Carrier):
     def _student_values(self, student: Tensor, teacher: Tensor | None, condition: Tensor | None) -> Tensor:
         """A value a row, by the discriminator as it is; its buffers stay as they are."""
         buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-        if (
-            not _soft_targets.usable()
-        ):  # there is a graph, for a compiler or a transform: it must not reach what will change
+        if not _soft_targets.usable():  # a compiler's or transform's graph must not reach what will change
             buffers.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
         score = partial(self._score, buffers, condition)
         return self.objective.student(score(student), None if teacher is None else score(teacher))
