@@ -280,3 +280,34 @@ def test_under_a_transform_no_gradient_reaches_the_discriminator_either():
     values = torch.func.vmap(loss)(s, t)
     torch.testing.assert_close(values, torch.stack([loss(a, b) for a, b in zip(s, t, strict=True)]))
     assert not values.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_discriminator_whose_rows_see_each_other_has_the_right_gradient(reduction):
+    """Batch norm, under a mask too."""
+    layers = [torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8, track_running_stats=False), torch.nn.Linear(8, 1)]
+    discriminator = torch.nn.Sequential(*layers)
+    loss = AdversarialDistributionLoss(discriminator, reduction=reduction)
+    s, mask, weight = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 3 != 1, torch.rand(6)
+    shown = s.masked_fill(~mask.unsqueeze(-1), 0.0).softmax(-1)
+    values = torch.nn.functional.softplus(-discriminator(shown).squeeze(-1)) * mask
+    total = {"mean": values.sum() / mask.sum(), "sum": values.sum(), "none": (weight * values).sum()}[reduction]
+    (expected,) = torch.autograd.grad(total, s)
+    found = loss(s, torch.randn(6, 5), mask=mask)
+    (slope,) = torch.autograd.grad((weight * found).sum() if reduction == "none" else found, s)
+    torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("parameters", [True, False])
+def test_a_discriminator_that_looks_at_nothing_gives_no_gradient(parameters):
+    class Blind(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(1), requires_grad=parameters)
+
+        def forward(self, x):
+            return self.bias.expand(len(x))
+
+    s = torch.randn(4, 3, requires_grad=True)
+    AdversarialDistributionLoss(Blind())(s, torch.randn(4, 3)).backward()
+    assert torch.equal(s.grad, torch.zeros_like(s))

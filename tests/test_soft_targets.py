@@ -341,3 +341,37 @@ def test_blocks_that_share_their_memory_do_not_disturb_each_other(rows, masked, 
     torch.testing.assert_close(
         found[1].double(), wanted[1], rtol=tolerance, atol=tolerance * float(wanted[1].abs().max())
     )
+
+
+def test_results_may_be_changed_in_place():
+    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    stack = LossStack({"a": DeterministicKD(temperature=1.0), "b": DeterministicKD()})
+    total, values = stack(student_logits=s, teacher_logits=t)
+    expected = torch.autograd.grad(total, s, retain_graph=True)[0] / 4
+    values["a"].mul_(2)
+    total /= 4
+    torch.testing.assert_close(torch.autograd.grad(total, s)[0], expected)
+    for logits, other, dim in ((s, t, None), (s.view(2, 2, 5), t.view(2, 2, 5), -1)):
+        rows = deterministic_kd(logits, other, reduction="none", class_dim=dim)
+        rows *= 2.0
+        torch.testing.assert_close(rows, 2 * deterministic_kd(logits, other, reduction="none", class_dim=dim))
+
+
+def test_a_label_without_a_share_must_be_one_all_the_same():
+    s = torch.randn(2, 3)
+    with pytest.raises(IndexError, match=r"`target` must be in 0\.\.2"):
+        progressive_kd(s, s.softmax(-1), torch.tensor([0, -100]), alpha=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_share_a_row_has_the_precision_of_the_logits(dtype):
+    s, previous = torch.randn(4, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype).softmax(-1)
+    alpha, known = torch.tensor([0.1, 0.3, 0.7, 0.9], dtype=torch.float64), torch.tensor([True, False, True, True])
+    target, log_q = torch.arange(4) % 3, s.log_softmax(-1)
+    soft = -(previous * log_q).sum(-1)
+    plain = F.cross_entropy(s, target, reduction="none")
+    found = progressive_kd(s, previous, target, alpha=alpha, reduction="none")
+    torch.testing.assert_close(found, ((1 - alpha) * plain + alpha * soft).to(dtype))
+    found = progressive_kd(s, previous, target, alpha=0.3, known=known, reduction="none")
+    share = 0.3 * known.to(dtype)
+    torch.testing.assert_close(found, (1 - share) * plain + share * soft)

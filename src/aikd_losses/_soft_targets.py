@@ -64,7 +64,7 @@ def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, l
                 if not part.target.is_floating_point():
                     _checks.labels_in_range(part.target, student.shape[-1], term.mask)
         raise
-    return total, task.values or [total.detach()]
+    return total, as_tensors(task.values, total.dtype) if task.values else [total.detach()]
 
 
 def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
@@ -94,7 +94,7 @@ class _Task(NamedTuple):
     terms: Sequence[Term]
     weights: Sequence[Share]
     wanted: bool  # a gradient
-    values: list[Tensor]  # of the terms, put there by the forward pass where they are not the total
+    values: list[Share]  # of the terms, put there by the forward pass where they are not the total
 
 
 class _SoftTargets(torch.autograd.Function):
@@ -115,9 +115,8 @@ class _SoftTargets(torch.autograd.Function):
             found.append(_reduced(sums[: len(term.parts)], term, count, student))
             sums = sums[len(term.parts) :]
         total = sum([weight * value for weight, value in zip(weights, found, strict=True)])
-        every = as_tensors([total, *found], dtype)
-        values.extend(every[1:])
-        return every[0]
+        values.extend(found)
+        return as_tensor(total, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -145,11 +144,11 @@ def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype)
 
 
-def as_tensors(values: Sequence[Share], dtype: torch.dtype) -> Sequence[Tensor]:
+def as_tensors(values: Sequence[Share], dtype: torch.dtype) -> list[Tensor]:
     """One call for numbers, which is what they mostly are."""
     if any(isinstance(x, Tensor) for x in values):
         return [as_tensor(x, dtype) for x in values]
-    return torch.tensor(values, dtype=dtype).unbind()
+    return list(torch.tensor(values, dtype=dtype).unbind())
 
 
 class _Scaled(NamedTuple):
@@ -209,7 +208,9 @@ def _reduced(sums: Sequence[Share], term: Term, count: Share, student: Tensor) -
     value = sums[0] if len(sums) == 1 else sum(sums)
     if term.reduction == "none":
         shape = student.shape[:-1]
-        return value.view(shape) if isinstance(value, Tensor) else student.new_zeros(shape, dtype=wide_type(student))
+        if not isinstance(value, Tensor):
+            return student.new_zeros(shape, dtype=wide_type(student))
+        return value if value.shape == shape else value.view(shape).clone()  # a view would forbid changes in place
     return (number(value.sum()) if isinstance(value, Tensor) else value) / count
 
 

@@ -131,16 +131,18 @@ class AdversarialDistributionLoss(Carrier):
         student = self._rows(student_logits, axis, mask)
         teacher = self._rows(teacher_logits.detach(), axis, mask) if self.objective.paired else None
         with _no_autocast(student.device.type):
-            if _soft_targets.usable():
-                values = _Fooling.apply(student, teacher, condition, self)  # type: ignore[no-untyped-call]
-            else:
-                values = self._student_values(student, teacher, condition)
+            if self.reduction != "none" and _soft_targets.usable():
+                return _Fooling.apply(student, teacher, condition, mask, self)  # type: ignore[no-untyped-call,no-any-return]
+            values = self._student_values(student, teacher, condition, kept=True)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
-    def _student_values(self, student: Tensor, teacher: Tensor | None, condition: Tensor | None) -> Tensor:
-        """A value a row, by the discriminator as it is; its buffers stay as they are."""
+    def _student_values(
+        self, student: Tensor, teacher: Tensor | None, condition: Tensor | None, kept: bool = False
+    ) -> Tensor:
+        """A value a row, by the discriminator as it is; its buffers stay as they are. A graph that is kept does not reach what
+        a later step will change."""
         buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-        if not _soft_targets.usable():  # a compiler's or transform's graph must not reach what will change
+        if kept:
             buffers.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
         score = partial(self._score, buffers, condition)
         return self.objective.student(score(student), None if teacher is None else score(teacher))
@@ -364,21 +366,30 @@ class AdversarialDistributionLoss(Carrier):
 
 
 class _Fooling(torch.autograd.Function):
-    """The student's values, a row each, with their gradient made at once: no step of the discriminator that comes before the
-    backward pass disturbs it, and nothing of the discriminator is copied or kept."""
+    """The student's loss with its gradient made at once: no step of the discriminator that comes before the backward pass
+    disturbs it, and nothing of the discriminator is copied or kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor | None, condition: Tensor | None, loss: AdversarialDistributionLoss
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        condition: Tensor | None,
+        mask: Tensor | None,
+        loss: AdversarialDistributionLoss,
     ) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            return loss._student_values(student, teacher, condition)
-        with torch.enable_grad():
-            shown = student.detach().requires_grad_()
+        wanted = ctx.needs_input_grad[0]
+        counts = None if mask is None else mask.flatten()
+        with torch.set_grad_enabled(wanted):
+            shown = student.detach().requires_grad_(wanted)
             values = loss._student_values(shown, teacher, condition)
-            (slope,) = torch.autograd.grad(values, shown, torch.ones_like(values))
-        ctx.save_for_backward(slope)
-        return values.detach()
+            value = functional.reduce_positions(values, counts, loss.reduction)
+            if wanted and value.requires_grad:
+                slopes = torch.autograd.grad(value, shown, allow_unused=True, materialize_grads=True)
+                ctx.save_for_backward(*slopes)
+            elif wanted:  # a discriminator that looks at nothing
+                ctx.save_for_backward(torch.zeros_like(shown))
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -387,7 +398,7 @@ class _Fooling(torch.autograd.Function):
                 "`AdversarialDistributionLoss` has no second derivative for the student (create_graph=True). Take that of the "
                 "other terms alone."
             )
-        return ctx.saved_tensors[0] * grad.unsqueeze(-1), None, None, None
+        return ctx.saved_tensors[0] * grad, None, None, None, None
 
 
 def _first_parameter(module: nn.Module, default: Tensor) -> Tensor:

@@ -243,9 +243,14 @@ def progressive_term(
     axis: int,
 ) -> _soft_targets.Term:
     """The progressive loss as soft targets that can be merged with others, where those are usable."""
+    wide = _soft_targets.wide_type(student_logits)
     a = _soft_targets.number(alpha)
+    if isinstance(a, Tensor) and a.ndim:
+        a = a.to(wide)
     if known is not None and not (_checks.values_are_free(known) and bool(known.all())):
-        a = (a.to(_soft_targets.wide_type(student_logits)) if isinstance(a, Tensor) else a) * known
+        a = (a.to(wide) if isinstance(a, Tensor) else a) * known.to(wide)
+    if target is not None and not target.is_floating_point() and isinstance(a, float) and a == 1.0:
+        _checks.labels_in_range(target, student_logits.shape[axis], mask)  # which have no share and are not looked at
     parts = [_soft_targets.Part(_classes_last(previous.detach(), axis), temperature, a)]
     if target is not None:
         soft = target.is_floating_point()

@@ -129,24 +129,9 @@ class _Table(Carrier):
     def _put(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
         """`write`, of what is known to be distributions."""
         at, probs = index.to(self.known.device), probs.to(self.known.device)
-        if at.device.type == "cpu":
-            self._put_in_order(*((at, probs) if keep is None else (at[keep], probs[keep])))
-        else:
-            self._put_numbered(at, probs, None if keep is None else keep.to(at.device))
-
-    def _put_in_order(self, at: Tensor, probs: Tensor) -> None:
-        """A CPU writes rows one after the other, so that of equal ids the last one stays."""
-        kept, classes = self._encode(probs, at)
-        self._store(self.rows, at, kept, None)
-        if self.classes is not None and classes is not None:
-            self._store(self.classes, at, classes, None)
-        self._last_write.index_fill_(0, at, 0)
-        if not self.complete:
-            self.known.index_fill_(0, at, True)
-
-    def _put_numbered(self, at: Tensor, probs: Tensor, keep: Tensor | None) -> None:
-        """Elsewhere rows are written all at once. They are numbered, and the highest number wins, so that equal ids need no
-        order and dropped rows no branch."""
+        keep = None if keep is None else keep.to(at.device)
+        # Rows are written in any order, also by the threads of a CPU. So writes are numbered, and the highest number wins:
+        # equal ids need no order and dropped rows no branch.
         order = torch.arange(self._num_written, self._num_written + len(at), device=at.device)
         if keep is not None:
             order = order.masked_fill(~keep, -1)
@@ -161,9 +146,9 @@ class _Table(Carrier):
         self._store(self.rows, at, kept, written)
         if self.classes is not None and classes is not None:
             self._store(self.classes, at, classes, written)
-        if written is None:
+        if written is None and not self.complete:
             self.known.index_fill_(0, at, True)
-        else:
+        elif written is not None:
             self.known.index_copy_(0, at, self.known.index_select(0, at) | written)
 
     @staticmethod
@@ -209,7 +194,10 @@ class _Table(Carrier):
         self._forget_writes()  # what is loaded here is loaded on every rank
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return self if self.pinned else super()._apply(fn, recurse)
+        if self.pinned:
+            return self
+        self._complete_version = None  # of a tensor that this may replace
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -227,6 +215,7 @@ class _Table(Carrier):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.path is not None:  # pickled by reference to the file, which is opened here
             last_write = self._last_write
+            self._complete_version = None
             self._allocate(torch.device("cpu"))
             self._last_write = last_write
 
@@ -234,7 +223,7 @@ class _Table(Carrier):
         """A copy of its own, in memory: two objects that write one file would not be copies."""
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo), path=None)
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo), path=None, _complete_version=None)
         for name in ("rows", "classes", "known"):
             column = clone.__dict__[name]
             if column is not None:
