@@ -62,7 +62,8 @@ class AdversarialDistributionLoss(Carrier):
     and `discriminator_loss` none on the logits. Under `torch.distributed` the first `update` takes rank 0's
     discriminator, and every `update` the gradient of all ranks' rows.
 
-    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape.
+    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape;
+    `RuntimeError` for a second derivative of the student's loss (create_graph=True), but with `reduction="none"`.
 
     >>> discriminator = MLPDiscriminator(num_classes=3)
     >>> adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
