@@ -223,7 +223,7 @@ def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[
         return _block(student, parts, wanted, {})
     new = partial(torch.empty, dtype=wide_type(student), device=student.device)
     slope = new(student.shape) if wanted else None
-    # Memory that is fresh costs a CPU more than the arithmetic: blocks take turns in the same.
+    # Blocks take turns in the same memory, so that the peak is that of one block.
     names = ROOMS if all(x.is_logits for x in parts) else (*ROOMS, "against")
     room = {name: new(step, num_classes) for name in names} if on_cpu and num_classes >= FEW_CLASSES else {}
     into = [None] * -(-num_rows // step) if slope is None else slope.split(step)
