@@ -50,6 +50,8 @@ def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, maske
     assert criterion.terms["adversarial"].optimizer.param_groups[0]["fused"]
     criterion.to(META)
     assert not criterion.terms["adversarial"].optimizer.param_groups[0]["fused"]  # the stand-in has no fused step
+    there = AIKDLoss(20, C, 3, discriminator=MLPDiscriminator(C).to(META))
+    assert not there.terms["adversarial"].optimizer.param_groups[0]["fused"]
     if not masked:
         del tensors["mask"]
     total, values = criterion(**tensors)

@@ -128,13 +128,13 @@ class AdversarialDistributionLoss(Carrier):
     ) -> Tensor:
         """The student's loss: how far the discriminator is from taking the student for the teacher."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
-        shape = _checks.positions(student_logits, axis)
         student = self._rows(student_logits, axis, mask)
         teacher = self._rows(teacher_logits.detach(), axis, mask) if self.objective.paired else None
         with _no_autocast(student.device.type):
             if self.reduction != "none" and _soft_targets.usable():
                 return _Fooling.apply(student, teacher, condition, mask, self)  # type: ignore[no-untyped-call,no-any-return]
             values = self._student_values(student, teacher, condition, kept=True)
+        shape = _checks.positions(student_logits, axis)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
     def _student_values(
@@ -142,10 +142,10 @@ class AdversarialDistributionLoss(Carrier):
     ) -> Tensor:
         """A value a row, by the discriminator as it is; its buffers stay as they are. A graph that is kept does not reach what
         a later step will change."""
-        buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
+        state = {name: x.clone() for name, x in self.discriminator.named_buffers()}
         if kept:
-            buffers.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
-        score = partial(self._score, buffers, condition)
+            state.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
+        score = partial(self._score, state, condition)
         return self.objective.student(score(student), None if teacher is None else score(teacher))
 
     if TYPE_CHECKING:

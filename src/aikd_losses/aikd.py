@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .adversarial import AdversarialDistributionLoss
+from .adversarial import FUSED, AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
@@ -87,7 +87,8 @@ class AIKDLoss(LossStack):
             discriminator = MLPDiscriminator(num_classes)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=True)
+        fused = all(p.device.type in FUSED for p in discriminator.parameters())
+        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=fused)
         terms = {
             "progressive": ProgressiveKD(
                 CachedTargets(num_samples, num_classes) if targets is None else targets,

@@ -310,9 +310,8 @@ class ProgressiveKD(Carrier):
         store = cast(_Table, self.targets)
         if at.device != store.known.device:
             at = at.to(store.known.device)
-        if _soft_targets.usable() and store.complete:  # a compiled step, which cannot look, serves all epochs
-            return store._probs(at), None
-        return store._probs(at), store.known.index_select(0, at)
+        all_known = _soft_targets.usable() and store.complete  # a compiled step, which cannot look, serves all epochs
+        return store._probs(at), None if all_known else store.known.index_select(0, at)
 
     def _read_others(self, index: Tensor, mask: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
         """From a store of the user's own, which is not asked for what is masked."""

@@ -213,9 +213,9 @@ class _Table(Carrier):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._complete_version = None  # of a tensor that was left behind
         if self.path is not None:  # pickled by reference to the file, which is opened here
             last_write = self._last_write
-            self._complete_version = None
             self._allocate(torch.device("cpu"))
             self._last_write = last_write
 
