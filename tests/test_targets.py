@@ -99,7 +99,7 @@ def test_a_file_is_created_and_reopened_with_what_it_holds(build, tmp_path):
         store.write(torch.tensor([1, 7]), rows(0, 1))
         store.write(torch.tensor([7]), rows(2))
     assert_same(contents(mapped), contents(memory))
-    again = build(path=path)
+    again = build(path=path)  # while the first one has it open
     assert_same(contents(again), contents(memory))
     again.write(torch.tensor([2]), rows(3))
     assert mapped.read(torch.tensor([2]))[1].item()  # the same file
@@ -149,7 +149,9 @@ def test_a_file_of_another_length_is_refused_and_left_as_it_is(change, tmp_path)
 
 def _open_and_write(path, barrier, i):
     barrier.wait()
-    CachedTargets(N, C, path=path).write(torch.tensor([i]), rows(i))
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.tensor([i]), rows(i))
+    barrier.wait()  # a process that has the file open is not one that was killed
 
 
 def test_processes_that_create_a_file_at_once_share_one(tmp_path):
@@ -203,7 +205,23 @@ def test_a_checkpoint_of_another_store_is_refused_and_nothing_is_loaded(other):
     assert_same(contents(store), before)
 
 
-def test_a_checkpoint_with_another_top_k_is_refused():
+def test_a_checkpoint_with_another_top_k_is_refused_and_changes_nothing():
+    kept, whole = CachedTargets(N, C, top_k=C, dtype=torch.float32), CachedTargets(N, C, dtype=torch.float32)
+    for store in (kept, whole):
+        store.write(torch.tensor([2]), rows(5))
+    for one, other, message in (
+        (kept, whole, r"Missing key\(s\) in state_dict: \"classes\""),
+        (
+            whole,
+            kept,
+            r"`classes` is in the checkpoint, and this object has none\. Build this object with the settings",
+        ),
+    ):
+        fresh, empty = copy.deepcopy(one), contents(one)
+        other.write(torch.tensor([1]), rows(6))
+        with pytest.raises(RuntimeError, match=message):
+            fresh.load_state_dict(other.state_dict())
+        assert_same(contents(fresh), empty)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"classes\""):
         CachedTargets(N, C, top_k=2).load_state_dict(CachedTargets(N, C).state_dict())
 
@@ -390,6 +408,7 @@ def test_the_last_of_equal_ids_wins_whatever_threads_write(kind):
 def test_a_store_that_was_moved_copied_or_unpickled_looks_anew_whether_it_is_complete(tmp_path):
     store = CachedTargets(4, 3, path=tmp_path / "rows")
     store.write(torch.arange(4), torch.full((4, 3), 1 / 3))
+    store.advance_epoch()
     store = CachedTargets(4, 3, path=tmp_path / "rows")
     store.advance_epoch()
     assert store.complete

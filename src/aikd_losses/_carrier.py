@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 _NO_MEMORY = "`{}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
 
+_SAME_SETTINGS = "Build this object with the settings it was saved with."
+
 
 class Carrier(nn.Module):
     """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
@@ -50,6 +52,9 @@ class Carrier(nn.Module):
                 setattr(self, name, _moved(value, fn))
         return self
 
+    def _before_load(self) -> None:
+        """Say, to whom it concerns, that what is here is about to be overwritten."""
+
     def _after_load(self) -> None:
         """Work out anew what follows from the state just loaded."""
 
@@ -75,25 +80,31 @@ class Carrier(nn.Module):
         state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         copies = []
         errors = []
+        complete = True
         for name in self._saved:
             own, key = getattr(self, name), prefix + name
             if isinstance(own, nn.Module):
                 inner = {k: state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
                 _load_module(own, inner, f"{key}.", missing_keys, unexpected_keys, error_msgs)
-            elif own is not None:
+            elif own is None:
+                if state.pop(key, None) is not None:
+                    errors.append(f"`{key}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}")
+            else:
                 saved = state.pop(key, None)
                 if saved is None:
                     missing_keys.append(key)
+                    complete = False
                 elif own.is_meta and not saved.is_meta:
                     errors.append(_NO_MEMORY.format(key))
                 elif saved.shape != own.shape or saved.dtype != own.dtype:
                     errors.append(
                         f"`{key}` in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is "
-                        f"{own.dtype} of shape {tuple(own.shape)}. Build this object with the settings it was saved with."
+                        f"{own.dtype} of shape {tuple(own.shape)}. {_SAME_SETTINGS}"
                     )
                 else:
                     copies.append((own, saved))
-        if not errors:  # all or nothing: a table without its flags would be silently wrong
+        if complete and not errors:  # all or nothing: a table without its flags would be silently wrong
+            self._before_load()
             for own, saved in copies:
                 own.copy_(saved)
             self._after_load()

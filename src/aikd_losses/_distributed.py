@@ -3,71 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # what one exchange holds at a time, a rank
+CHUNK_BYTES = 64 * 2**20  # what an exchange receives at a time
 
 
-def active() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class Ranks:
+    """The processes that train together: those of `process_group`, or of the default group once there is one."""
 
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(
+                "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a "
+                f"DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}."
+            )
+        self.group = process_group
 
-def _reachable(x: Tensor) -> Tensor:
-    """`x` on a device that the process group's backend can send from."""
-    backend = dist.get_backend()
-    if x.device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
-        return x.to(torch.device("cuda", torch.cuda.current_device()))
-    return x
+    def active(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
+    def own(self) -> int:
+        return dist.get_rank(self.group)
 
-def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Every tensor summed over the ranks, in one flat all-reduce."""
-    if not active():
-        return list(tensors)
-    flat = _reachable(torch.cat([x.reshape(-1) for x in tensors]))
-    dist.all_reduce(flat)
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x).to(x) for part, x in zip(parts, tensors, strict=True)]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a group is a connection, which a copy shares
 
+    def __reduce__(self) -> Any:
+        return (Ranks, (None,)) if self.group is None else self._refuse_pickle()
 
-def broadcast_from_first(tensors: Sequence[Tensor]) -> None:
-    """Every tensor overwritten with rank 0's."""
-    for x in tensors:
-        sent = _reachable(x.detach().clone())
-        dist.broadcast(sent, src=0)
-        x.detach().copy_(sent)
+    def _refuse_pickle(self) -> NoReturn:
+        raise TypeError("A loss with a `process_group` cannot be pickled: save its `state_dict()`.")
 
+    def _reachable(self, x: Tensor) -> Tensor:
+        """`x` on a device that the group's backend can send from."""
+        backend = dist.get_backend(self.group)
+        if x.device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
+            return x.to(torch.device("cuda", torch.cuda.current_device()))
+        return x
 
-def gather_rows(index: Tensor, tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """What all ranks hold in the rows `index` of their `tables`: (index, rows of each table), a chunk of a rank at a
-    time, in the same order on every rank. Memory is bounded by `CHUNK_BYTES` a rank."""
-    world = dist.get_world_size()
-    count = _reachable(torch.tensor([index.numel()], device=index.device))
-    counts = [torch.empty_like(count) for _ in range(world)]
-    dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
-    row_bytes = 8 + sum(table[0].numel() * table.element_size() for table in tables)
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, max(sizes), step):
-        length = min(step, max(sizes) - start)
-        mine = index[start : start + length]
-        columns = [_gather(mine, length)]
-        columns += [_gather(table.index_select(0, mine), length) for table in tables]
-        for rank, size in enumerate(sizes):
-            filled = max(0, min(length, size - start))
-            if filled:
-                rows = [column[rank][:filled].to(index.device) for column in columns]
-                yield rows[0], rows[1:]
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every tensor summed over the ranks, in one flat all-reduce."""
+        flat = self._reachable(torch.cat([x.reshape(-1) for x in tensors]))
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([x.numel() for x in tensors])
+        return [part.view_as(x).to(x) for part, x in zip(parts, tensors, strict=True)]
 
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        self.sum([torch.zeros(1)])[0].item()
 
-def _gather(rows: Tensor, length: int) -> list[Tensor]:
-    """`rows` of every rank, each padded to `length`; sent as bytes, which every backend knows."""
-    sent = torch.zeros((length, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    sent[: len(rows)] = rows
-    sent = _reachable(sent.reshape(length, -1))
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather([x.view(torch.uint8) for x in received], sent.view(torch.uint8))
-    return [x.reshape(length, *rows.shape[1:]) for x in received]
+    def broadcast_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor overwritten with that of the group's first rank."""
+        first = dist.get_global_rank(self.group or dist.group.WORLD, 0)  # type: ignore[arg-type]  # initialised: never None
+        for x in tensors:
+            sent = self._reachable(x.detach().clone())
+            dist.broadcast(sent, src=first, group=self.group)
+            x.detach().copy_(sent)
+
+    def gather_numbers(self, number: int, device: torch.device) -> list[int]:
+        """An int64 of every rank."""
+        own = self._reachable(torch.tensor([number], device=device))
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(every, own, group=self.group)
+        return torch.cat(every).tolist()
+
+    def gather_rows(self, index: Tensor, tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """What all ranks hold in the rows `index` of their `tables`: (index, rows of each table), a chunk of a rank at a
+        time, in the same order on every rank. What is received at a time is bounded by `CHUNK_BYTES`."""
+        sizes = self.gather_numbers(index.numel(), index.device)
+        row_bytes = 8 + sum(table[0].numel() * table.element_size() for table in tables)
+        step = max(1, CHUNK_BYTES // (row_bytes * len(sizes)))
+        for start in range(0, max(sizes), step):
+            length = min(step, max(sizes) - start)
+            mine = index[start : start + length]
+            columns = [self._gather(mine, length)]
+            columns += [self._gather(table.index_select(0, mine), length) for table in tables]
+            for rank, size in enumerate(sizes):
+                filled = max(0, min(length, size - start))
+                if filled:
+                    rows = [column[rank][:filled].to(index.device) for column in columns]
+                    yield rows[0], rows[1:]
+
+    def _gather(self, rows: Tensor, length: int) -> list[Tensor]:
+        """`rows` of every rank, each padded to `length`; sent as bytes, which every backend knows."""
+        sent = torch.zeros((length, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        sent[: len(rows)] = rows
+        sent = self._reachable(sent.reshape(length, -1))
+        received = [torch.empty_like(sent) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather([x.view(torch.uint8) for x in received], sent.view(torch.uint8), group=self.group)
+        return [x.reshape(length, *rows.shape[1:]) for x in received]

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import mmap
 import os
 import tempfile
+import uuid
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows: a file that is being written is then always taken for interrupted
+    fcntl = None  # type: ignore[assignment]
+
 PAGE = 4096  # the header's size and the columns' alignment
-FORMAT = "aikd-losses targets 1"
+FORMAT = "aikd-losses targets 2"
+WHOLE, WRITING, INTERRUPTED = range(3)  # the state of a file
+
+_held: weakref.WeakSet[Hold] = weakref.WeakSet()
 
 
 def map_columns(
@@ -32,11 +44,60 @@ def map_columns(
     if not os.path.exists(path):
         _create(path, header, size)
     _refuse_other(path, header, size)
-    memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    return {
-        name: memory[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    with open(path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), size)
+    return {  # each with a storage of its own, which is what torch.save tells tensors apart by
+        name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offsets[name]).view(shape)
         for name, (dtype, shape) in columns.items()
     }
+
+
+class Hold:
+    """Shows the other processes that this one has a file open, as long as it lives; the system takes it back from a process
+    that is killed. A file that was being written and that nobody has open any more was interrupted."""
+
+    def __init__(self, path: str, state: Tensor) -> None:
+        self.descriptor: int | None = os.open(path, os.O_RDONLY)
+        alone = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                alone = False
+        if alone and int(state) == WRITING:
+            state.fill_(INTERRUPTED)
+        if fcntl is not None:
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        _held.add(self)
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    __del__ = close
+
+
+def _let_go() -> None:
+    """A forked child, the worker of a loader say, may outlive its parent and must not speak for it."""
+    for held in _held:
+        held.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def identity(path: str) -> int:
+    """A number (int64) that is the same for processes of one machine that have mapped the same file, and for no others."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            machine = file.read()
+    except OSError:  # not Linux
+        machine = str(uuid.getnode())
+    found = os.stat(path)
+    digest = hashlib.sha256(f"{machine} {found.st_dev} {found.st_ino}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _create(path: str, header: bytes, size: int) -> None:

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import _checks, _distributed, _soft_targets, functional
+from . import _checks, _soft_targets, functional
 from ._carrier import Carrier
+from ._distributed import Ranks
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 
 INPUTS = ("probs", "log_probs", "logits")
@@ -51,6 +53,7 @@ class AdversarialDistributionLoss(Carrier):
             `(score, teacher_rows, student_rows) -> (N,)`; added to the discriminator's loss.
         optimizer: a torch optimizer that holds exactly the discriminator's parameters. Public.
         reduction, class_dim: as in `DeterministicKD`; `update` always steps on the mean.
+        process_group: the ranks that train on different rows (default: all, once there is a group).
 
     Shape: `student_logits`, `teacher_logits`: `(N, C)`, `(N, C, *)` or `(N, *, C)`, equal; `mask`: bool, that without
     the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
@@ -96,8 +99,10 @@ class AdversarialDistributionLoss(Carrier):
         optimizer: torch.optim.Optimizer | None = None,
         reduction: str = "mean",
         class_dim: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        self._ranks = Ranks(process_group)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
         if not isinstance(objective, AdversarialObjective):
@@ -117,6 +122,7 @@ class AdversarialDistributionLoss(Carrier):
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
         self._same_on_all_ranks = False
+        self._seen_last: _Step | None = None
 
     def forward(
         self,
@@ -175,7 +181,7 @@ class AdversarialDistributionLoss(Carrier):
         buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
         both = torch.cat([self._rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
         with _no_autocast(both.device.type):
-            values = self._discriminator_values(buffers, both, condition)
+            values = self._discriminator_values(buffers, both, condition, self._both_scores(buffers, both, condition))
         shape = _checks.positions(student_logits, axis)
         return functional.reduce_positions(values.unflatten(0, shape), mask, self.reduction)
 
@@ -237,8 +243,10 @@ class AdversarialDistributionLoss(Carrier):
             both = both.masked_fill(~torch.cat([finite, finite]).unsqueeze(-1), 0.0)
         parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
         with _no_autocast(both.device.type):
-            values = self._discriminator_values({}, self._seen(both), condition)
-            alone = not _distributed.active()
+            shown = self._seen(both)
+            scores = self._both_scores({}, shown, condition)
+            values = self._discriminator_values({}, shown, condition, scores)
+            alone = not self._ranks.active()
             loss = functional.reduce_positions(values, counts, "mean" if alone else "sum")
             slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
         loss = loss.detach()
@@ -246,7 +254,7 @@ class AdversarialDistributionLoss(Carrier):
         used = [(p, slope) for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
         if not alone:  # sums and counts over ranks, so that the mean is over all rows, however many each rank has
             count = loss.new_tensor(len(values)) if counts is None else counts.sum().to(loss)
-            loss, count, *sums = _distributed.sum_over_ranks([loss, count, *(slope for _, slope in used)])
+            loss, count, *sums = self._ranks.sum([loss, count, *(slope for _, slope in used)])
             count = count.clamp_min(1)
             loss = loss / count
             used = [(p, slope / count.to(slope)) for (p, _), slope in zip(used, sums, strict=True)]
@@ -254,18 +262,45 @@ class AdversarialDistributionLoss(Carrier):
             parameter.grad = slope
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
+        self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, [slope for _, slope in used])
         return loss
 
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """The discriminator's health in the last `update`, to be logged; empty before the first one.
+
+        `discriminator_loss`: what `update` returned. `accuracy`: how often the teacher's row of a sample got the higher
+        score (ties count half; of this rank's rows). About .5 to .8 is healthy; near 1 the student gains little, near 0 the
+        discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or growing without bound means that
+        it has exploded. Worked out when asked for: a step that is not logged costs nothing.
+        """
+        if self._seen_last is None:
+            return {}
+        loss, of_teacher, of_student, counts, slopes = self._seen_last
+        wins = 0.5 * (torch.sign(of_teacher - of_student) + 1)
+        norms = [torch.linalg.vector_norm(slope.float()) for slope in slopes]
+        return {
+            "discriminator_loss": loss,
+            "accuracy": functional.reduce_positions(wins, counts, "mean"),
+            "gradient_norm": torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(loss),
+        }
+
     def _agree_on_all_ranks(self) -> None:
-        if _distributed.active() and not self._same_on_all_ranks:
-            _distributed.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+        if self._ranks.active() and not self._same_on_all_ranks:
+            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
             self._same_on_all_ranks = True
 
-    def _discriminator_values(self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None) -> Tensor:
-        """A value a row; both sides, the teacher's first, are shown in one call."""
+    def _both_scores(self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The teacher's and the student's, whose rows stand one side below the other and are shown in one call."""
         scores = self._score(state, None if condition is None else torch.cat([condition, condition]), both)
         of_teacher, of_student = scores.unflatten(0, (2, -1)).unbind()
-        values = self.objective.discriminator(of_teacher, of_student)
+        return of_teacher, of_student
+
+    def _discriminator_values(
+        self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None, scores: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """A value a row, penalty included."""
+        values = self.objective.discriminator(*scores)
         if self.penalty is not None:
             teacher, student = both.unflatten(0, (2, -1)).unbind()
             values = values + self.penalty(partial(self._score, state, condition), teacher, student)
@@ -364,6 +399,16 @@ class AdversarialDistributionLoss(Carrier):
             f"temperature={self.temperature}, penalty={self.penalty}, optimizer={optimizer}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}"
         )
+
+
+class _Step(NamedTuple):
+    """What `diagnostics` is worked out from."""
+
+    loss: Tensor
+    of_teacher: Tensor
+    of_student: Tensor
+    counts: Tensor | None
+    slopes: list[Tensor]
 
 
 class _Fooling(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
@@ -76,6 +77,7 @@ class AIKDLoss(LossStack):
         penalty: Penalty | None = GradientPenalty(10.0),  # noqa: B008 (frozen)
         learning_rate: float = 1e-3,
         class_dim: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         _checks.integer("num_samples", num_samples, 1)
         _checks.num_classes(num_classes)
@@ -91,13 +93,18 @@ class AIKDLoss(LossStack):
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=fused)
         terms = {
             "progressive": ProgressiveKD(
-                CachedTargets(num_samples, num_classes) if targets is None else targets,
+                CachedTargets(num_samples, num_classes, process_group=process_group) if targets is None else targets,
                 alpha=alpha,
                 class_dim=class_dim,
             ),
             "deterministic": DeterministicKD(temperature=temperature, class_dim=class_dim),
             "adversarial": AdversarialDistributionLoss(
-                discriminator, objective=objective, penalty=penalty, optimizer=optimizer, class_dim=class_dim
+                discriminator,
+                objective=objective,
+                penalty=penalty,
+                optimizer=optimizer,
+                class_dim=class_dim,
+                process_group=process_group,
             ),
         }
         super().__init__(

@@ -227,6 +227,15 @@ class LossStack(Carrier):
         for step, arguments in steps:
             step(**arguments)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What the terms have to say of themselves, `{"adversarial/accuracy": ...}`, to be logged beside their values."""
+        return {
+            f"{name}/{what}": value
+            for name, term in self.terms.items()
+            if _has(term, "diagnostics")
+            for what, value in cast(Any, term).diagnostics().items()
+        }
+
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch, hand it on to the terms that have one, a shared store once, and take the next weights.
 

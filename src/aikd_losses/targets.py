@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from . import _checks, _distributed
+from . import _checks, _mapped
 from ._carrier import Carrier
-from ._mapped import map_columns
+from ._distributed import Ranks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OF_FILE = ("rows", "classes", "known", "_file_state", "_held")  # what a copy of a store with a `path` has to do without
 
 
 @runtime_checkable
@@ -47,6 +49,8 @@ class _Table(Carrier):
     classes: Tensor | None  # (num_samples, top_k): which classes those are
     known: Tensor  # (num_samples,): was the row ever written
     _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, -1 for none
+    _file_state: Tensor | None  # (1,), in the file alone: whole, being written or interrupted while it was
+    _held: _mapped.Hold | None
 
     def __init__(
         self,
@@ -56,8 +60,10 @@ class _Table(Carrier):
         device: torch.device | str | None,
         top_k: int | None,
         path: str | os.PathLike[str] | None,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__()
+        self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
         if dtype not in DTYPES:
@@ -85,9 +91,15 @@ class _Table(Carrier):
         if self.path is None:
             table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
         else:
+            columns["_file_state"] = (torch.uint8, (1,))
             facts = {"num_samples": n, "num_classes": self.num_classes, "dtype": str(self.dtype), "top_k": self.top_k}
-            table = map_columns(self.path, facts, columns)
+            table = _mapped.map_columns(self.path, facts, columns)
         self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
+        self._file_state, self._held = table.get("_file_state"), None
+        self._interrupted = False  # the file was left by processes that ended while they wrote an epoch
+        if self.path is not None:
+            self._held = _mapped.Hold(self.path, table["_file_state"])
+            self._interrupted = int(table["_file_state"]) == _mapped.INTERRUPTED
         self._last_write = torch.full((n,), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -105,6 +117,8 @@ class _Table(Carrier):
         return self._complete_version == self.known._version
 
     def _probs(self, at: Tensor) -> Tensor:
+        if self._interrupted:
+            self._refuse_interrupted()
         kept = self.rows.index_select(0, at).float()
         if self.classes is None:
             return kept
@@ -126,8 +140,19 @@ class _Table(Carrier):
         self._check_write(index, probs, keep)
         self._put(index, probs, keep)
 
+    def _refuse_interrupted(self) -> NoReturn:
+        raise RuntimeError(
+            f"`path` {self.path!r} was left half written: its process ended between two `advance_epoch`, so that rows of two "
+            "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), delete the file to "
+            "start without history, or call `advance_epoch()` to take the rows as they are."
+        )
+
     def _put(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
         """`write`, of what is known to be distributions."""
+        if self._interrupted:
+            self._refuse_interrupted()
+        if self._num_written == 0:
+            self._mark_file(_mapped.WRITING)
         at, probs = index.to(self.known.device), probs.to(self.known.device)
         keep = None if keep is None else keep.to(at.device)
         # Rows are written in any order, also by the threads of a CPU. So writes are numbered, and the highest number wins:
@@ -176,21 +201,46 @@ class _Table(Carrier):
 
     def advance_epoch(self) -> None:
         """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
-        if _distributed.active():
+        if self._ranks.active():
+            self._exchange()
+        else:
+            self._mark_file(_mapped.WHOLE)
+        self._forget_writes()
+
+    def _exchange(self) -> None:
+        """Of ranks that map one file the first one writes it, and no rank goes on before that is done: a row that came
+        late would overwrite one of the next epoch."""
+        device = self.known.device
+        files = None if self.path is None else self._ranks.gather_numbers(_mapped.identity(self.path), device)
+        writes = files is None or files.index(_mapped.identity(cast(str, self.path))) == self._ranks.own()
+        if files is None or len(set(files)) > 1:
             tables = [self.rows, self.known] + ([] if self.classes is None else [self.classes])
             fresh = (self._last_write >= 0).nonzero().squeeze(-1)
-            for index, columns in _distributed.gather_rows(fresh, tables):
+            for index, columns in self._ranks.gather_rows(fresh, tables):
                 for table, rows in zip(tables, columns, strict=True):
-                    table.index_copy_(0, index, rows)
-        self._forget_writes()
+                    if writes:
+                        table.index_copy_(0, index, rows)
+        if writes:
+            self._mark_file(_mapped.WHOLE)
+        if files is not None:
+            self._ranks.wait()
+
+    def _mark_file(self, state: int) -> None:
+        if self._file_state is not None:
+            self._file_state.fill_(state)
 
     def _forget_writes(self) -> None:
         self._last_write.fill_(-1)
         self._num_written = 0
+        self._interrupted = False
         gaps = self.known.is_meta or not bool(self.known.all())
         self._complete_version = None if gaps else self.known._version
 
+    def _before_load(self) -> None:
+        self._mark_file(_mapped.INTERRUPTED)
+
     def _after_load(self) -> None:
+        self._mark_file(_mapped.WHOLE)
         self._forget_writes()  # what is loaded here is loaded on every rank
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -199,17 +249,10 @@ class _Table(Carrier):
         self._complete_version = None  # of a tensor that this may replace
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.path is not None:  # columns of one file are views of one memory, which torch.save cannot tell apart
-            for name in self._saved:
-                if prefix + name in destination:
-                    destination[prefix + name] = destination[prefix + name].clone()
-
     def __getstate__(self) -> dict[str, Any]:
         if self.path is None:
             return self.__dict__
-        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "classes", "known")}
+        return {key: value for key, value in self.__dict__.items() if key not in OF_FILE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -223,11 +266,15 @@ class _Table(Carrier):
         """A copy of its own, in memory: two objects that write one file would not be copies."""
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo), path=None, _complete_version=None)
-        for name in ("rows", "classes", "known"):
-            column = clone.__dict__[name]
-            if column is not None:
-                clone.__dict__[name] = column.clone()  # the columns of a file are views of one memory
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_file_state", "_held")}
+        clone.__dict__.update(
+            copy.deepcopy(kept, memo),
+            path=None,
+            _file_state=None,
+            _held=None,
+            _interrupted=False,
+            _complete_version=None,
+        )
         return clone
 
     def extra_repr(self) -> str:
@@ -249,10 +296,12 @@ class CachedTargets(_Table):
             over the other classes, so that a row still sums to 1. Bytes a sample: k * (2 + index) instead of 2 * C.
         path: keep the rows in this file, mapped into memory: created where there is none, reopened with what it holds
             where there is. Always on the CPU; the processes of one machine share it.
+        process_group: the ranks that train on different samples (default: all, once there is a group).
 
     State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
-    written by `write`, exchanged between ranks by `advance_epoch`. A deep copy of a store in a file is a store in
-    memory; a pickle refers to the file.
+    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process ended in the middle of an epoch
+    is noticed: reading and writing are then a `RuntimeError` until a checkpoint is loaded, or `advance_epoch` called to
+    take the rows as they are. A deep copy of a store in a file is a store in memory; a pickle refers to the file.
 
     Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
     nothing is changed then.
@@ -276,8 +325,9 @@ class CachedTargets(_Table):
         device: torch.device | str | None = None,
         top_k: int | None = None,
         path: str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_samples, num_classes, dtype, device, top_k, path)
+        super().__init__(num_samples, num_classes, dtype, device, top_k, path, process_group)
 
 
 class EMATargets(_Table):
@@ -289,8 +339,8 @@ class EMATargets(_Table):
 
     Args:
         decay: share of the old row, 0..1 (default 0.9). 0 keeps the newest prediction, 1 the first one.
-        num_samples, num_classes, dtype, device, path: as in `CachedTargets`. In float16 a step smaller than 2**-11 of
-            a value is rounded away: take float32 for a decay above 0.99.
+        num_samples, num_classes, dtype, device, path, process_group: as in `CachedTargets`. In float16 a step smaller
+            than 2**-11 of a value is rounded away: take float32 for a decay above 0.99.
 
     State and Raises: as in `CachedTargets`.
 
@@ -314,9 +364,10 @@ class EMATargets(_Table):
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         path: str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         decay = _checks.number("decay", decay, 0.0, 1.0)  # before a file is created
-        super().__init__(num_samples, num_classes, dtype, device, None, path)
+        super().__init__(num_samples, num_classes, dtype, device, None, path, process_group)
         self.decay = decay
 
     def _encode(self, new: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
