@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import pickle
+import signal
+import time
 
 import pytest
 import torch
@@ -166,6 +169,107 @@ def test_processes_that_create_a_file_at_once_share_one(tmp_path):
         assert worker.exitcode == 0
     assert CachedTargets(N, C, path=path).known.tolist() == [True] * 4 + [False] * 6
     assert [p.name for p in tmp_path.iterdir()] == ["targets.bin"]
+
+
+def _killed_in_an_epoch(path, orphan, said):
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.arange(N), rows(*range(N)))
+    store.advance_epoch()
+    store.write(torch.tensor([1]), rows(20))
+    if orphan:  # a worker that outlives the process
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        said.send(child)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(params=[False, True], ids=["", "with-an-orphan"])
+def interrupted(request, tmp_path):
+    """The file of a process that was killed in its second epoch."""
+    path = tmp_path / "targets.bin"
+    hears, says = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_killed_in_an_epoch, args=(path, request.param, says))
+    process.start()
+    _, status = os.waitpid(process.pid, 0)  # `join` would wait for the orphan
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    yield path
+    if request.param:
+        os.kill(hears.recv(), signal.SIGKILL)
+
+
+def refuses(store):
+    loss, index = ProgressiveKD(store), torch.tensor([3])
+    calls = [
+        lambda: store.read(index),
+        lambda: store.write(index, rows(0)),
+        lambda: loss(rows(0), index, index=index),
+        lambda: loss.update(rows(0), index=index),
+    ]
+    for call in calls:
+        with pytest.raises(
+            RuntimeError, match=r"`path` '.*targets.bin' was left half written: its process ended between"
+        ):
+            call()
+
+
+def test_a_file_that_was_being_written_when_its_process_was_killed_is_noticed(interrupted):
+    before = interrupted.read_bytes()
+    first, second = CachedTargets(N, C, path=interrupted), CachedTargets(N, C, path=interrupted)
+    for store in (first, second, pickle.loads(pickle.dumps(first))):
+        refuses(store)
+    assert contents(first).keys() == {"rows", "known"}
+    assert (
+        sum(a != b for a, b in zip(before, interrupted.read_bytes(), strict=True)) == 1
+    )  # noted, for the next one too
+    del first, second, store
+    refuses(CachedTargets(N, C, path=interrupted))
+
+
+def test_a_checkpoint_makes_an_interrupted_file_whole(interrupted):
+    kept = CachedTargets(N, C)
+    kept.write(torch.arange(N), rows(*range(N)))
+    first, second = CachedTargets(N, C, path=interrupted), CachedTargets(N, C, path=interrupted)
+    first.load_state_dict(kept.state_dict())
+    assert_same(contents(first), contents(kept))
+    assert torch.equal(first.read(torch.arange(N))[0], kept.read(torch.arange(N))[0])
+    refuses(second)  # until it has loaded it too
+    second.load_state_dict(kept.state_dict())
+    second.write(torch.tensor([0]), rows(8))
+    del first, second
+    refuses(CachedTargets(N, C, path=interrupted))  # once more
+
+
+def test_a_load_that_was_interrupted_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "targets.bin"
+    store, state = CachedTargets(N, C, path=path), CachedTargets(N, C).state_dict()
+    monkeypatch.setattr(store, "_after_load", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.load_state_dict(state)
+    del store
+    refuses(CachedTargets(N, C, path=path))
+
+
+def test_an_interrupted_file_is_taken_as_it_is_where_that_is_wanted(interrupted):
+    store = CachedTargets(N, C, path=interrupted)
+    store.advance_epoch()
+    torch.testing.assert_close(store.read(torch.tensor([1]))[0], rows(20), atol=1e-3, rtol=0)
+    del store
+    assert CachedTargets(N, C, path=interrupted).read(torch.arange(N))[1].all()
+
+
+def test_a_file_store_is_saved_without_a_copy_and_loads_anywhere(tmp_path):
+    store = CachedTargets(N, C, top_k=2, path=tmp_path / "targets")
+    store.write(torch.tensor([1]), rows(0))
+    assert [x.data_ptr() for x in store.state_dict().values()] == [
+        x.data_ptr() for x in (store.rows, store.classes, store.known)
+    ]
+    torch.save(store.state_dict(), tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").stat().st_size < 10_000  # no column drags the whole file along
+    memory = CachedTargets(N, C, top_k=2)
+    memory.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True))
+    assert_same(contents(memory), contents(store))
 
 
 def test_a_missing_folder_is_an_error_of_the_system(tmp_path):
