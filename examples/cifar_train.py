@@ -48,10 +48,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import aikd_losses
-from aikd_losses import AIKDLoss, FrozenTeacher, LossStack
+from aikd_losses import AIKDLoss, CachedTargets, FrozenTeacher, LossStack
 
 MINI = Path(__file__).parent / "data" / "fashion-mnist-mini"
 TERMS = ("progressive", "deterministic", "adversarial")
+TARGETS = "targets.bin"
 # Where a run goes unless told otherwise. Only the first line was measured, see the top.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fashion-mnist-mini": dict(model="mlp", train_size=2000, validation_size=1000, label_noise=0.4, epochs=40, lr=0.02),
@@ -101,6 +102,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=4.0, help="of the deterministic term (default 4)")
     p.add_argument("--alpha", type=float, default=0.8, help="last share of the progressive target (default 0.8)")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and flip (default: not for mini)")
+    p.add_argument(
+        "--targets-file", action="store_true", help="keep the progressive targets in a file in --out, not in memory"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile the network and the losses")
@@ -338,7 +342,10 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
 
 def build_criterion(args: argparse.Namespace, num_samples: int, num_classes: int) -> LossStack:
     """The full method, or those of its terms that are asked for, with weights that sum to 1 but for the adversarial."""
-    full = AIKDLoss(num_samples, num_classes, args.epochs, temperature=args.temperature, alpha=args.alpha)
+    targets = CachedTargets(num_samples, num_classes, path=args.out / TARGETS if args.targets_file else None)
+    full = AIKDLoss(
+        num_samples, num_classes, args.epochs, temperature=args.temperature, alpha=args.alpha, targets=targets
+    )
     if set(args.terms) == set(TERMS):
         return full
     terms: dict[str, nn.Module] = {name: full.terms[name] for name in args.terms}
@@ -370,7 +377,7 @@ class Run:
     history: list[dict[str, Any]] | None = None
 
     def settings(self) -> dict[str, Any]:
-        free = ("out", "resume", "overwrite", "device", "compile", "data_dir")
+        free = ("out", "resume", "overwrite", "device", "compile", "data_dir", "targets_file")
         return {name: value for name, value in sorted(vars(self.args).items()) if name not in free}
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, criterion: LossStack) -> None:
@@ -388,7 +395,10 @@ class Run:
             "criterion": criterion.state_dict(),
         }
         path = self.args.out / "checkpoint.pt"
-        torch.save(state, path.with_suffix(".new"))
+        with open(path.with_suffix(".new"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the other's place
         os.replace(path.with_suffix(".new"), path)
         self.log()
 
@@ -429,6 +439,10 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
     if run.phase == 1:
         criterion = LossStack({"cross_entropy": nn.CrossEntropyLoss()})
     else:
+        if saved is None and run.rank == 0:  # of a run that was stopped before its first checkpoint of this phase
+            (args.out / TARGETS).unlink(missing_ok=True)
+        if run.world > 1:
+            dist.barrier()
         criterion = build_criterion(args, num_samples, data.num_classes)
         if {"deterministic", "adversarial"} & set(args.terms):
             teacher = FrozenTeacher(new_model(run))
@@ -491,13 +505,17 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
                 **measure(predict(model, data.test[0], data, args), data.test[1]),
                 "validation_accuracy": held["accuracy"],
                 "terms": terms,
+                "diagnostics": {name: float(value) for name, value in criterion.diagnostics().items()},
                 "seconds": seconds,
             }
             run.history = [*(run.history or []), record]
+            right = record["diagnostics"].get("adversarial/accuracy")
             values = "  ".join(f"{term} {value:.3f}" for term, value in terms.items())
             run.console.print(
                 f"{name:>11} {epoch + 1:3d}/{args.epochs}  accuracy {record['accuracy']:5.2f}%  NLL {record['nll']:.3f}  "
-                f"ECE {record['ece']:5.2f}%  {values}  ({seconds:.1f} s)",
+                f"ECE {record['ece']:5.2f}%  {values}  "
+                + ("" if right is None else f"discriminator right {right:.0%}  ")
+                + f"({seconds:.1f} s)",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -181,6 +181,35 @@ def test_ctrl_c_loses_at_most_the_running_epoch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--targets-file"]], ids=["in-memory", "in-a-file"])
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_the_whole_one(flags, whole, tmp_path):
+    """SIGKILL once there is something to lose: in both phases, in the middle of epochs, of writing a checkpoint, whenever."""
+    random = np.random.default_rng(len(flags))
+    command = [sys.executable, str(SCRIPT), *SMALL, "--out", str(tmp_path), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = []
+    for saves in (1, 4):  # epochs that are in the log when the killing begins: one of phase 1, one of phase 2
+        resume = ["--resume"] if (tmp_path / "checkpoint.pt").exists() else []
+        with subprocess.Popen([*command, *resume], env=environment, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not has_epochs(tmp_path, saves):
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.05))
+            process.kill()
+        kills.append(process.returncode)
+    assert -signal.SIGKILL in kills
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    out, expected = whole
+    assert records(tmp_path) == expected
+    torch.testing.assert_close(without_times(checkpoint(tmp_path)), without_times(checkpoint(out)), rtol=0, atol=0)
+
+
+def has_epochs(out, count):
+    log = out / "log.jsonl"
+    return log.exists() and len(log.read_text().splitlines()) > count
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """The network has no batch norm and the global batches are the same, so that rounding alone is different."""
     argv = [*SMALL, "--terms", "progressive,deterministic"]
