@@ -16,14 +16,13 @@ import importlib.util
 import io
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import RESULTS, machine, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,17 +53,11 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}} ± {statistics.stdev(values) / math.sqrt(len(values)):{form.strip('+')}}"
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=5, help="at least 2 (default 5)")
     p.add_argument("--weight-decays", default="5e-4,2e-3,5e-3,1e-2,2e-2,4e-2")
-    p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "example_seeds.json")
+    p.add_argument("--out", type=Path, default=RESULTS / "example_seeds.json")
     args = p.parse_args()
     if args.seeds < 2:
         p.error("--seeds must be at least 2: a spread needs them")
@@ -83,12 +76,7 @@ def main() -> None:
         runs.append({"weight_decay": decay, "seed": seed, **result})
 
     settings = {name: value for name, value in head["settings"].items() if name not in ("seed", "weight_decay")}
-    machine = head["machine"] | {"device": cpu(), "cpus": os.cpu_count(), "platform": platform.platform()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n    ".join(json.dumps(r) for r in runs)
-    args.out.write_text(
-        f'{{\n  "settings": {json.dumps(settings)},\n  "machine": {json.dumps(machine)},\n  "runs": [\n    {lines}\n  ]\n}}\n'
-    )
+    write(args.out, {"settings": settings, "machine": head["machine"] | machine()}, "runs", runs)
 
     table = Table(title=f"student minus plain cross-entropy on the test set, {args.seeds} seeds, mean ± standard error")
     for column in ("weight decay", "plain, validation", "plain, test", "accuracy", "NLL, scaled", "wins"):

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +28,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import RESULTS, machine, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import aikd_losses
 from aikd_losses import (
     AdversarialDistributionLoss,
     AIKDLoss,
@@ -48,7 +45,6 @@ from aikd_losses import (
 )
 from aikd_losses.functional import deterministic_kd, linear_deterministic_kd, progressive_kd
 
-RESULTS = Path(__file__).parent / "results"
 NO_KERNELS = {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "t", "transpose", "permute", "detach", "alias", "slice",
               "select", "split", "unbind", "as_strided", "_local_scalar_dense", "empty", "empty_like", "promote_types",
               "lift_fresh", "_record_function_enter_new", "_record_function_exit"}  # fmt: skip
@@ -469,17 +465,6 @@ def verdict(row: Row, result: dict[str, Any]) -> str:
     return ", ".join(found)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.machine()])[0],
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "platform": platform.platform(),
-        "installed": {name: version(name) for name in PEERS if find_spec(name.replace("-", "_"))},
-        "python": platform.python_version(), "torch": torch.__version__, "aikd_losses": aikd_losses.__version__,
-    }  # fmt: skip
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu")
@@ -514,9 +499,8 @@ def main() -> None:
     if args.out is None and args.rows:
         return
     out = args.out or RESULTS / f"speed-{device.type}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n    ".join(json.dumps(r) for r in results)
-    out.write_text(f'{{\n  "machine": {json.dumps(machine(device))},\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    installed = {name: version(name) for name in PEERS if find_spec(name.replace("-", "_"))}
+    write(out, {"machine": machine(device) | {"installed": installed}}, "rows", results)
     console.print(f"{out}", highlight=False)
 
 
