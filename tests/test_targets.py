@@ -177,11 +177,10 @@ def _killed_in_an_epoch(path, orphan, said):
     store.advance_epoch()
     store.write(torch.tensor([1]), rows(20))
     if orphan:  # a worker that outlives the process
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
+            said.send(os.getpid())
             time.sleep(60)
             os._exit(0)
-        said.send(child)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -194,9 +193,10 @@ def interrupted(request, tmp_path):
     process.start()
     _, status = os.waitpid(process.pid, 0)  # `join` would wait for the orphan
     assert os.WTERMSIG(status) == signal.SIGKILL
+    orphan = hears.recv() if request.param else None
     yield path
-    if request.param:
-        os.kill(hears.recv(), signal.SIGKILL)
+    if orphan is not None:
+        os.kill(orphan, signal.SIGKILL)
 
 
 def refuses(store):
