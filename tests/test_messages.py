@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from aikd_losses.functional import deterministic_kd, progressive_kd, reduce_posi
 
 N, C = 4, 3
 NAN, INF = math.nan, math.inf
+F8 = torch.float8_e4m3fn
 
 
 class World:
@@ -146,6 +148,19 @@ SETTINGS = [
         ValueError,
         "`temperature` must be a finite number above 0",
     ),
+    (
+        lambda w: DeterministicKD(temperature=10**400),
+        ValueError,
+        "`temperature` must be a finite number above 0; got 1",
+    ),
+    *(
+        (
+            lambda w, t=t: DeterministicKD(temperature=t),
+            ValueError,
+            f"`temperature` must be between 1e-18 and 1e18, for float32 to hold its square; got {t!r}.",
+        )
+        for t in (1e-300, 1e21, 1e300)
+    ),
     # divergence, beta
     (
         lambda w: DeterministicKD(divergence="kl"),
@@ -192,6 +207,7 @@ SETTINGS = [
     (lambda w: deterministic_kd(w.s, w.t, reduction="batchmean"), ValueError, "`reduction` must be 'mean'"),
     (lambda w: progressive_kd(w.s, w.p, alpha=0.5, reduction="x"), ValueError, "`reduction` must be one of"),
     (lambda w: reduce_positions(w.s.sum(-1), None, "x"), ValueError, "`reduction` must be one of"),
+    (lambda w: DeterministicKD(reduction=np.array([1, 2])), ValueError, "`reduction` must be one of"),
     # class_dim
     (lambda w: DeterministicKD(class_dim="last"), TypeError, "`class_dim` must be an integer; got 'last'."),
     (lambda w: ProgressiveKD(w.store, class_dim=1.0), TypeError, "`class_dim` must be an integer; got 1.0."),
@@ -215,6 +231,8 @@ SETTINGS = [
     (lambda w: ProgressiveKD(w.store, alpha=lambda e: None), TypeError, "`alpha(0)` must be a number; got None."),
     (lambda w: LinearRamp(-0.5, 4), ValueError, "`end` must be a finite number not below 0; got -0.5."),
     (lambda w: LinearRamp(0.5, 0), ValueError, "`num_epochs` must be at least 1; got 0."),
+    (lambda w: LinearRamp(0.5, 4)(-1), ValueError, "`epoch` must be at least 0; got -1."),
+    (lambda w: LinearRamp(0.5, 4)("1"), TypeError, "`epoch` must be an integer; got '1'."),
     (lambda w: LinearRamp(0.5, 2.5), TypeError, "`num_epochs` must be an integer; got 2.5."),
     # stores
     (lambda w: CachedTargets(0, C), ValueError, "`num_samples` must be at least 1; got 0."),
@@ -227,6 +245,15 @@ SETTINGS = [
         "`dtype` must be one of torch.float16, torch.bfloat16, torch.float32, torch.float64; got torch.int8.",
     ),
     (lambda w: EMATargets(N, C, dtype="float16"), ValueError, "`dtype` must be one of torch.float16"),
+    (lambda w: CachedTargets(N, C, dtype=np.array([1, 2])), ValueError, "`dtype` must be one of"),
+    (lambda w: CachedTargets(2**70, C), ValueError, "`num_samples` must be an integer of 64 bits; got"),
+    (
+        lambda w: CachedTargets(N, C, device="gpu"),
+        ValueError,
+        "`device` must be a torch.device or the name of one, such as 'cpu'; got 'gpu'.",
+    ),
+    (lambda w: CachedTargets(N, C, path=3), TypeError, "`path` must be a str or os.PathLike; got 3."),
+    (lambda w: CachedTargets(N, C, path=b"x"), TypeError, "`path` must be a str or os.PathLike; got b'x'."),
     (lambda w: CachedTargets(N, C, top_k=0), ValueError, "`top_k` must be between 1 and 3; got 0."),
     (lambda w: CachedTargets(N, C, top_k=4), ValueError, "`top_k` must be between 1 and 3; got 4."),
     (lambda w: CachedTargets(N, C, top_k=1.5), TypeError, "`top_k` must be an integer; got 1.5."),
@@ -324,7 +351,15 @@ SETTINGS = [
         ValueError,
         'The data set\'s items have a key "index" already. Rename it before indexing.',
     ),
+    (lambda w: IndexedDataset([1, 2])["0"], TypeError, "`index` must be an integer; got '0'."),
+    (lambda w: IndexedDataset([1, 2])[0.5], TypeError, "`index` must be an integer; got 0.5."),
     # the full method
+    (lambda w: AIKDLoss(N, C, 4, weights=[1.0]), TypeError, "`weights` must be a mapping {name: ...}; got [1.0]."),
+    (
+        lambda w: AIKDLoss(N, C, 4, discriminator=Scores(N)),
+        ValueError,
+        "`discriminator` must have parameters, which `update` trains; Scores has none.",
+    ),
     (lambda w: AIKDLoss(0, C, 4), ValueError, "`num_samples` must be at least 1; got 0."),
     (lambda w: AIKDLoss(N, 1, 4), ValueError, "`num_classes` must be at least 2; got 1."),
     (lambda w: AIKDLoss(N, C, 0), ValueError, "`num_epochs` must be at least 1; got 0."),
@@ -386,6 +421,14 @@ SETTINGS = [
         lambda w: LossStack({"kd": w.kd}, inputs={"kd": {"teacher": "t"}}),
         ValueError,
         "`inputs['kd']` must name parameters of the term, student_logits, teacher_logits, mask; got 'teacher'.",
+    ),
+    *(
+        (
+            lambda w, x=x: LossStack({"kd": w.kd}, inputs={"kd": x}),
+            TypeError,
+            "`inputs['kd']` must be a mapping {parameter: name of a tensor, or None}; got",
+        )
+        for x in (3, {"mask": 3})
     ),
     (
         lambda w: LossStack({"kd": w.kd}, inputs={"kd": {"teacher_logits": None}}),
@@ -672,7 +715,82 @@ TENSORS = [
         ValueError,
         "`student_logits` must be on the device of the discriminator, cpu; got meta. Move the loss with `.to('meta')`.",
     ),
+    (
+        lambda w: w.adversarial(w.s, w.t, condition=w.y.to("meta")),
+        ValueError,
+        f"`condition` {DEVICE}",
+    ),
+    (
+        lambda w: w.adversarial(w.s, w.t, condition=w.p.to(F8)),
+        TypeError,
+        "`condition` must be floating point of 16, 32",
+    ),
+    (
+        lambda w: w.adversarial.update(w.s, w.t, condition=w.y),
+        TypeError,
+        "`condition` needs a discriminator that takes one, `forward(x, condition)`; MLPDiscriminator does not.",
+    ),
+    (
+        lambda w: w.adversarial.update(torch.randn(N, 5), torch.randn(N, 5)),
+        ValueError,
+        "`student_logits` must have the 3 classes of the discriminator on axis 1; got shape (4, 5).",
+    ),
+    (lambda w: MLPDiscriminator(C)([1.0]), TypeError, "`x` must be a torch.Tensor; got list."),
+    (lambda w: MLPDiscriminator(C)(w.t[0]), ValueError, "`x` must have the shape (N, C) with C = 3; got (3,)."),
+    (
+        lambda w: MLPDiscriminator(C)(w.t.double()),
+        TypeError,
+        "`x` must be of the type of the weights, torch.float32; got torch.float64.",
+    ),
+    (
+        lambda w: MLPDiscriminator(C)(w.t.to("meta")),
+        ValueError,
+        "`x` must be on the device of the weights, cpu; got meta.",
+    ),
+    # tensors of which there is no arithmetic, or no values
+    (lambda w: w.kd(w.s, w.t.to_sparse()), TypeError, "`teacher_logits` must be a dense tensor; got torch.sparse_coo."),
+    (lambda w: w.kd(w.s, w.t, mask=w.mask.to_sparse()), TypeError, "`mask` must be a dense tensor"),
+    (
+        lambda w: w.kd(torch.nested.as_nested_tensor([w.t], layout=torch.jagged), w.t),
+        TypeError,
+        "must be a dense tensor; got a nested tensor.",
+    ),
+    (lambda w: w.kd(w.t.to(F8), w.t), TypeError, "`student_logits` must be floating point of 16, 32 or 64 bits; got"),
+    (lambda w: w.progressive(w.s, w.y, index=w.i.to("meta")), ValueError, "`index` must have values to be used on cpu"),
+    (lambda w: w.progressive.update(w.s, index=w.i.to("meta")), ValueError, "`index` must have values"),
+    (
+        lambda w: w.progressive.update(w.s.to("meta"), index=w.i),
+        ValueError,
+        "`student_logits` must have values to be used on cpu; got a tensor on the meta device.",
+    ),
+    (lambda w: w.store.read(w.i.to("meta")), ValueError, "`index` must have values"),
+    (lambda w: w.store.write(w.i, w.p.to("meta")), ValueError, "`probs` must have values"),
+    (lambda w: w.store.write(w.i, w.p, keep=[True] * N), TypeError, "`keep` must be a torch.Tensor; got list."),
+    (lambda w: w.store.write(w.i, w.p, keep=w.mask.to("meta")), ValueError, "`keep` must have values"),
+    # numbers in tensors
+    (lambda w: progressive_kd(w.s, w.p, alpha=w.y), TypeError, "`alpha` must be floating point; got torch.int64."),
+    (lambda w: progressive_kd(w.s, w.p, alpha=torch.ones(N, device="meta")), ValueError, f"`alpha` {DEVICE}"),
+    *(
+        (
+            lambda w, x=x: w.progressive(w.s, w.y, index=w.i, partner_index=w.i, mix_lambda=x),
+            error,
+            f"`mix_lambda` {sentence}",
+        )
+        for x, error, sentence in (
+            (torch.tensor(1j), TypeError, "must be floating point; got torch.complex64."),
+            (torch.ones(N, device="meta"), ValueError, "must have values"),
+            (torch.ones(N).to_sparse(), TypeError, "must be a dense tensor"),
+        )
+    ),
+    (lambda w: deterministic_kd(w.s, w.t, class_dim=0.5), TypeError, "`class_dim` must be an integer; got 0.5."),
+    (lambda w: progressive_kd(w.s, w.p, alpha=0.5, class_dim=1j), TypeError, "`class_dim` must be an integer; got 1j."),
+    (
+        lambda w: w.method(student_logits=w.s, teacher_logits=w.t, target=[0] * N, index=w.i),
+        TypeError,
+        "`target` must be a torch.Tensor; got list.",
+    ),
     # calls at the wrong moment
+    (lambda w: w.method.advance_epoch(2**70), ValueError, "`epoch` must be an integer of 64 bits; got"),
     (
         lambda w: w.progressive.eval().update(w.s, index=w.i),
         RuntimeError,
@@ -827,3 +945,46 @@ def test_what_a_mask_hides_is_not_judged():
     world.progressive.update(2 * world.s, index=index, mask=kept)
     rows, _ = world.store.read(world.i[kept])
     torch.testing.assert_close(rows, (2 * world.s[kept]).softmax(-1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "sentence"),
+    [
+        *(
+            (key, wrong, sentence)
+            for key in ("targets.rows", "targets.known", "epoch")
+            for wrong, sentence in (
+                (lambda x: x.tolist(), f"`{key}` in the checkpoint must be a dense tensor; it is "),
+                (
+                    lambda x: x.to_sparse(),
+                    f"`{key}` in the checkpoint must be a dense tensor; it is a tensor of layout",
+                ),
+                (lambda x: x.to("meta"), f"`{key}` in the checkpoint must have values; it is on the meta device."),
+            )
+        ),
+        ("targets.classes", lambda x: x + C, "targets: `classes` in the checkpoint must be in 0..2."),
+        ("epoch", lambda x: x - 9, "ProgressiveKD: `epoch` must be at least 0; got "),
+        ("epoch", lambda x: x + 1, "ProgressiveKD: `alpha(1)` must be in the interval [0, 1]; got 2.0."),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_changes_nothing(key, wrong, sentence):
+    loss = ProgressiveKD(CachedTargets(N, C, top_k=1), alpha=lambda epoch: 2.0 * epoch)
+    loss.update(torch.randn(N, C), index=torch.arange(N))
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        loss.load_state_dict({**before, key: wrong(before[key])})
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [3, torch.zeros(8), torch.zeros(8, dtype=torch.uint8), torch.zeros(8, device="meta")])
+def test_bytes_that_are_no_optimizer_are_refused(wrong):
+    loss = World().adversarial
+    with pytest.raises(RuntimeError, match="`optimizer_state` does not fit the discriminator's optimizer"):
+        loss.load_state_dict({**loss.state_dict(), "optimizer_state": wrong})
+
+
+def test_what_is_loaded_leaves_no_graph_in_a_store():
+    store = World().ema
+    saved = {name: x.clone() for name, x in store.state_dict().items()}
+    store.load_state_dict({**saved, "rows": saved["rows"].requires_grad_()})
+    assert not store.rows.requires_grad

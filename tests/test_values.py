@@ -20,6 +20,7 @@ from aikd_losses import (
     MLPDiscriminator,
     ProgressiveKD,
 )
+from aikd_losses.functional import deterministic_kd, progressive_kd
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "js"]
 OBJECTIVES = list(reference.STUDENT)
@@ -310,3 +311,14 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     value.backward()
     expected.backward()
     torch.testing.assert_close(s.grad, x.grad.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "call", [deterministic_kd, lambda s, t: progressive_kd(s, t.softmax(-1), t.softmax(-1), alpha=0.5)]
+)
+def test_a_teacher_that_ran_in_inference_mode_is_a_teacher(call):
+    student = torch.randn(4, 3, requires_grad=True)
+    with torch.inference_mode():
+        teacher = torch.randn(4, 3)
+    (slope,) = torch.autograd.grad(call(student, teacher), student)
+    assert torch.equal(slope, torch.autograd.grad(call(student, teacher.clone()), student)[0])

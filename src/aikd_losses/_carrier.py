@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,9 @@ class Carrier(nn.Module):
                 setattr(self, name, _moved(value, fn))
         return self
 
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuse, with ValueError or TypeError, what fits in type and shape but not in value."""
+
     def _before_load(self) -> None:
         """Say, to whom it concerns, that what is here is about to be overwritten."""
 
@@ -78,7 +82,7 @@ class Carrier(nn.Module):
         error_msgs: list[str],
     ) -> None:
         state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        copies = []
+        copies = {}
         errors = []
         complete = True
         for name in self._saved:
@@ -94,6 +98,11 @@ class Carrier(nn.Module):
                 if saved is None:
                     missing_keys.append(key)
                     complete = False
+                elif not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
+                    kind = f"a tensor of layout {saved.layout}" if isinstance(saved, Tensor) else type(saved).__name__
+                    errors.append(f"`{key}` in the checkpoint must be a dense tensor; it is {kind}.")
+                elif saved.is_meta and not own.is_meta:
+                    errors.append(f"`{key}` in the checkpoint must have values; it is on the meta device.")
                 elif own.is_meta and not saved.is_meta:
                     errors.append(_NO_MEMORY.format(key))
                 elif saved.shape != own.shape or saved.dtype != own.dtype:
@@ -102,11 +111,16 @@ class Carrier(nn.Module):
                         f"{own.dtype} of shape {tuple(own.shape)}. {_SAME_SETTINGS}"
                     )
                 else:
-                    copies.append((own, saved))
+                    copies[name] = own, saved
+        if complete and not errors:
+            try:
+                self._check_load({name: saved for name, (_, saved) in copies.items()})
+            except (ValueError, TypeError) as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
         if complete and not errors:  # all or nothing: a table without its flags would be silently wrong
             self._before_load()
-            for own, saved in copies:
-                own.copy_(saved)
+            for own, saved in copies.values():
+                own.copy_(saved.detach())
             self._after_load()
         error_msgs.extend(errors)
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -23,7 +24,10 @@ def number(
     """A finite real number in the interval [low, high], each end open on request."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number; got {value!r}.")
-    x = float(value)
+    try:
+        x = float(value)
+    except OverflowError:  # of an integer that no float holds
+        x = math.inf
     low_ok = x > low if open_low else x >= low
     high_ok = x < high if open_high else x <= high
     if not (-math.inf < x < math.inf and low_ok and high_ok):  # torch.compile does not know math.isfinite
@@ -42,6 +46,8 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     if (low is not None and x < low) or (high is not None and x > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"`{name}` must be {wanted}; got {x}.")
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"`{name}` must be an integer of 64 bits; got {x}.")
     return x
 
 
@@ -59,7 +65,7 @@ def choice(name: str, value: object, options: Collection[str]) -> str:
 
 
 def reduction(value: object) -> str:
-    if value == "batchmean":
+    if isinstance(value, str) and value == "batchmean":
         raise ValueError(
             "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already "
             "the mean over samples (over positions, where there are several a sample)."
@@ -68,11 +74,23 @@ def reduction(value: object) -> str:
 
 
 def temperature(value: object) -> float:
-    return number("temperature", value, 0.0, math.inf, open_low=True)
+    x = number("temperature", value, 0.0, math.inf, open_low=True)
+    if not 1e-18 <= x <= 1e18:
+        raise ValueError(
+            f"`temperature` must be between 1e-18 and 1e18, for float32 to hold its square; got {value!r}."
+        )
+    return x
 
 
 def num_classes(value: object) -> int:
     return integer("num_classes", value, 2)
+
+
+def device(value: object) -> torch.device:
+    try:
+        return torch.device(value)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, RuntimeError, ValueError):
+        raise ValueError(f"`device` must be a torch.device or the name of one, such as 'cpu'; got {value!r}.") from None
 
 
 def class_dim(value: object) -> int | None:
@@ -82,7 +100,27 @@ def class_dim(value: object) -> int | None:
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(
+            f"`{name}` must be a dense tensor; got {kind}. Pass `{name}.to_dense()`, or padded, with a mask."
+        )
     return value
+
+
+def _floating(name: str, x: Tensor, what: str = "") -> None:
+    """Of a type that can be computed with, which those of 8 bits cannot."""
+    if x.dtype in FLOATS:
+        return
+    if x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point of 16, 32 or 64 bits; got {x.dtype}. Pass `{name}.float()`.")
+    raise TypeError(f"`{name}` must be floating point{what}; got {x.dtype}.")
+
+
+def has_values(name: str, x: Tensor, home: torch.device) -> None:
+    """Not on the meta device, where the values are wanted elsewhere."""
+    if x.is_meta and home.type != "meta":
+        raise ValueError(f"`{name}` must have values to be used on {home}; got a tensor on the meta device.")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -96,8 +134,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
     """Floating scores with at least two axes; returns the position of the class axis."""
     x = _tensor(name, value)
-    if not x.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point (raw scores before softmax); got {x.dtype}.")
+    _floating(name, x, " (raw scores before softmax)")
     if x.ndim < 2:
         raise ValueError(f"`{name}` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None:
@@ -120,8 +157,7 @@ def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
 def like_logits(name: str, value: object, student_logits: Tensor) -> None:
     """Floating, of exactly the logits' shape (nothing is ever broadcast), on their device."""
     x = _tensor(name, value)
-    if not x.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point; got {x.dtype}.")
+    _floating(name, x)
     if x.shape != student_logits.shape:
         raise ValueError(
             f"`{name}` must have the shape of `student_logits`, {tuple(student_logits.shape)}; got {tuple(x.shape)}."
@@ -155,9 +191,25 @@ def alpha(value: object, student_logits: Tensor, axis: int) -> None:
     if not isinstance(value, Tensor):
         number("alpha", value, 0.0, 1.0)
         return
+    _floating("alpha", _tensor("alpha", value))
+    if value.ndim or value.device.type != "cpu":  # a number on the CPU goes everywhere
+        same_device("alpha", value, "student_logits", student_logits)
     if value.ndim and tuple(value.shape) != (wanted := positions(student_logits, axis)):
         raise ValueError(f"`alpha` must be a number or of shape {wanted}; got a tensor of shape {tuple(value.shape)}.")
     share("alpha", value)
+
+
+def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> None:
+    """A number in 0..1, or a tensor of them: one in all, or one a sample, where the `rows` are."""
+    if not isinstance(value, Tensor):
+        number("mix_lambda", value, 0.0, 1.0)
+        return
+    x = _tensor("mix_lambda", value)
+    if tuple(x.shape) not in ((), shape):
+        raise ValueError(f"`mix_lambda` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
+    _floating("mix_lambda", x)
+    has_values("mix_lambda", x, rows.device)
+    share("mix_lambda", x)
 
 
 def share(name: str, x: Tensor) -> None:
@@ -201,9 +253,14 @@ def labels_in_range(target: Tensor, num_classes: int, counts: Tensor | None) -> 
 
 
 def sample_index(
-    name: str, value: object, shape: tuple[int, ...] | None, size: int | None, counts: Tensor | None = None
+    name: str,
+    value: object,
+    shape: tuple[int, ...] | None,
+    size: int | None,
+    counts: Tensor | None = None,
+    home: torch.device | None = None,
 ) -> None:
-    """Sample ids: int64, of the given shape (any one axis for None), below `size`."""
+    """Sample ids: int64, of the given shape (any one axis for None), below `size`, to look up at `home`."""
     x = _tensor(name, value)
     if x.dtype != torch.int64:
         raise TypeError(f"`{name}` must be of type int64; got {x.dtype}. Pass `{name}.long()`.")
@@ -213,6 +270,8 @@ def sample_index(
         raise ValueError(
             f"`{name}` must have the shape of `student_logits` without its class axis, {shape}; got {tuple(x.shape)}."
         )
+    if home is not None:
+        has_values(name, x, home)
     if size is not None:
         _in_range(name, x, counts, size, "`num_samples`", "ids count from 0 within the training set")
 
@@ -230,6 +289,30 @@ def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: s
         )
 
 
+def flags(name: str, value: object, index: Tensor, home: torch.device) -> None:
+    """None, or a bool an id."""
+    if value is None:
+        return
+    x = _tensor(name, value)
+    if x.dtype != torch.bool or x.shape != index.shape:
+        raise ValueError(
+            f"`{name}` must be a bool of the shape of `index`, {tuple(index.shape)}; got {x.dtype} of shape {tuple(x.shape)}."
+        )
+    has_values(name, x, home)
+    same_device(name, x, "index", index)
+
+
+def rows(name: str, value: object, weight: Tensor) -> None:
+    """Rows (N, C) for the first layer `weight` of a network; under autocast of any type."""
+    x = _tensor(name, value)
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"`{name}` must have the shape (N, C) with C = {weight.shape[1]}; got {tuple(x.shape)}.")
+    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"`{name}` must be of the type of the weights, {weight.dtype}; got {x.dtype}.")
+    if x.device != weight.device:
+        raise ValueError(f"`{name}` must be on the device of the weights, {weight.device}; got {x.device}.")
+
+
 def head(name: str, hidden: object, weight: object, bias: object) -> None:
     """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
     h, w = _tensor(f"{name}_hidden", hidden), _tensor(f"{name}_weight", weight)
@@ -237,8 +320,7 @@ def head(name: str, hidden: object, weight: object, bias: object) -> None:
     if bias is not None:
         given[f"{name}_bias"] = _tensor(f"{name}_bias", bias)
     for which, x in given.items():
-        if not x.is_floating_point():
-            raise TypeError(f"`{which}` must be floating point; got {x.dtype}.")
+        _floating(which, x)
         same_device(which, x, f"{name}_hidden", h)
     if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
         raise ValueError(
@@ -249,9 +331,12 @@ def head(name: str, hidden: object, weight: object, bias: object) -> None:
         raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")
 
 
-def condition(value: object, shape: tuple[int, ...]) -> Tensor:
-    """A row a position: the positions' shape, then any axes."""
+def condition(value: object, shape: tuple[int, ...], student_logits: Tensor) -> Tensor:
+    """A row a position, where the logits are: the positions' shape, then any axes."""
     x = _tensor("condition", value)
+    if x.is_floating_point():
+        _floating("condition", x)
+    same_device("condition", x, "student_logits", student_logits)
     if tuple(x.shape[: len(shape)]) != shape:
         raise ValueError(
             f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(x.shape)}."
@@ -259,11 +344,11 @@ def condition(value: object, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None) -> None:
-    """Rows of probabilities, (N, C): checked to be some, where that is free, within what bfloat16 rounds."""
+def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None, home: torch.device) -> None:
+    """Rows of probabilities, (N, C), for `home`: checked to be some, where that is free, within what bfloat16 rounds."""
     x = _tensor(name, value)
-    if not x.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point; got {x.dtype}.")
+    has_values(name, x, home)
+    _floating(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"`{name}` must have the shape (N, C) = {shape}; got {tuple(x.shape)}.")
     if not values_are_free(x) or not (counts is None or values_are_free(counts)):

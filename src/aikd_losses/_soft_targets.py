@@ -106,7 +106,10 @@ class _SoftTargets(torch.autograd.Function):
         sums, slope = _all_rows(rows, parts, wanted)
         if wanted:
             ctx.task, ctx.slope = task, slope
-            ctx.save_for_backward(student, *[part.target for term in terms for part in term.parts])
+            targets = [
+                part.target for term in terms for part in term.parts
+            ]  # those made in inference mode cannot be saved
+            ctx.save_for_backward(student, *[x for x in targets if not x.is_inference()])
         dtype = wide_type(student)
         if len(terms) == 1 and type(weights[0]) is float and weights[0] == 1.0:
             return as_tensor(_reduced(sums, terms[0], counts[0], student), dtype)

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from . import _checks, _soft_targets, functional
 from ._carrier import Carrier
 from ._distributed import Ranks
+from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 
 INPUTS = ("probs", "log_probs", "logits")
@@ -349,13 +350,29 @@ class AdversarialDistributionLoss(Carrier):
                 f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
                 f"the loss with `.to({str(student_logits.device)!r})`."
             )
+        shape = _checks.positions(student_logits, axis)
+        if condition is not None:
+            condition = _checks.condition(condition, shape, student_logits)
+        if isinstance(self.discriminator, MLPDiscriminator):
+            self._check_mlp(self.discriminator.num_classes, student_logits, axis, condition)
         if condition is None:
             return axis, None
-        shape = _checks.positions(student_logits, axis)
-        condition = _checks.condition(condition, shape)
         if mask is not None:
             condition = condition.masked_fill(~mask.reshape(*shape, *[1] * (condition.ndim - len(shape))), 0)
         return axis, condition.flatten(0, len(shape) - 1)
+
+    @staticmethod
+    def _check_mlp(num_classes: int, student_logits: Tensor, axis: int, condition: Tensor | None) -> None:
+        """What its own forward would refuse too late for an `update`."""
+        if student_logits.shape[axis] != num_classes:
+            raise ValueError(
+                f"`student_logits` must have the {num_classes} classes of the discriminator on axis {axis}; got shape "
+                f"{tuple(student_logits.shape)}."
+            )
+        if condition is not None:
+            raise TypeError(
+                "`condition` needs a discriminator that takes one, `forward(x, condition)`; MLPDiscriminator does not."
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = list(self.discriminator.parameters())
@@ -387,7 +404,7 @@ class AdversarialDistributionLoss(Carrier):
             else:
                 try:
                     self.optimizer.load_state_dict(_from_bytes(saved))
-                except (ValueError, KeyError, RuntimeError) as error:
+                except Exception as error:  # bytes can be anything
                     error_msgs.append(f"`{key}` does not fit the discriminator's optimizer: {error}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -500,7 +517,11 @@ def _as_bytes(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _from_bytes(state: Tensor) -> dict[str, Any]:
+def _from_bytes(state: object) -> dict[str, Any]:
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.layout is not torch.strided:
+        raise ValueError("it must be a dense tensor of type uint8.")
+    if state.is_meta:
+        raise ValueError("it is on the meta device and has no values.")
     state = state.cpu().contiguous()
     buffer = io.BytesIO(ctypes.string_at(state.data_ptr(), state.numel()))
     return dict(torch.load(buffer, map_location="cpu", weights_only=True))

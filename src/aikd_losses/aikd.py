@@ -15,8 +15,10 @@ from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
 from .progressive import ProgressiveKD
 from .schedules import LinearRamp, Schedule
-from .stack import LossStack
+from .stack import LossStack, check_names
 from .targets import CachedTargets, TargetStore
+
+TERMS = ("progressive", "deterministic", "adversarial")
 
 
 class AIKDLoss(LossStack):
@@ -83,12 +85,18 @@ class AIKDLoss(LossStack):
         _checks.num_classes(num_classes)
         _checks.integer("num_epochs", num_epochs, 1)
         learning_rate = _checks.number("learning_rate", learning_rate, 0.0, float("inf"), open_low=True)
+        check_names("weights", weights, TERMS)
         if not callable(alpha):
             alpha = LinearRamp(_checks.number("alpha", alpha, 0.0, 1.0), num_epochs)
         if discriminator is None:
             discriminator = MLPDiscriminator(num_classes)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+        if not any(True for _ in discriminator.parameters()):
+            raise ValueError(
+                "`discriminator` must have parameters, which `update` trains; "
+                f"{type(discriminator).__name__} has none. Put one that is not trained into an AdversarialDistributionLoss."
+            )
         fused = all(p.device.type in FUSED for p in discriminator.parameters())
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=fused)
         terms = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,10 @@ class IndexedDataset(Dataset[Any]):
         return [_with_index(item, i) for item, i in zip(items, at, strict=True)]
 
     def _position(self, index: int) -> int:
-        i = int(index)
+        try:
+            i = operator.index(index)
+        except TypeError:
+            raise TypeError(f"`index` must be an integer; got {index!r}.") from None
         if not -len(self) <= i < len(self):
             raise IndexError(f"`index` must be in 0..{len(self) - 1}; got {i}.")
         return i % len(self)

@@ -64,10 +64,9 @@ class DeterministicKD(nn.Module):
         class_dim: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_divergence(divergence, beta)
+        self.beta = functional.check_divergence(divergence, beta)
         self.temperature = _checks.temperature(temperature)
         self.divergence = divergence
-        self.beta = float(beta)
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
 

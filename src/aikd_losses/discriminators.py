@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -49,6 +50,7 @@ class MLPDiscriminator(nn.Module):
         if isinstance(hidden, (str, int)) or not isinstance(hidden, Sequence):
             raise TypeError(f"`hidden` must be a sequence of widths, such as (64, 64); got {hidden!r}.")
         widths = [_checks.num_classes(num_classes), *(_checks.integer("hidden", width, 1) for width in hidden), 1]
+        self.num_classes = widths[0]
         layer = SpectralLinear if _checks.boolean("spectral_norm", spectral_norm) else nn.Linear
         negative_slope = _checks.number("negative_slope", negative_slope, 0.0, 1.0)
         layers: list[nn.Module] = []
@@ -58,6 +60,7 @@ class MLPDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
+        _checks.rows("x", x, cast(nn.Linear, self.layers[0]).weight)
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
 

@@ -44,7 +44,8 @@ def deterministic_kd(
     >>> deterministic_kd(student, student, temperature=1.0)
     tensor(0.)
     """
-    check_divergence(divergence, beta)
+    beta = check_divergence(divergence, beta)
+    class_dim = _checks.class_dim(class_dim)
     temperature = _checks.temperature(temperature)
     _checks.reduction(reduction)
     return deterministic(student_logits, teacher_logits, mask, temperature, divergence, beta, reduction, class_dim)
@@ -189,7 +190,7 @@ def progressive_kd(
     """
     temperature = _checks.temperature(temperature)
     _checks.reduction(reduction)
-    axis = _checks.logits(student_logits, class_dim)
+    axis = _checks.logits(student_logits, _checks.class_dim(class_dim))
     _checks.like_logits("previous", previous, student_logits)
     _checks.alpha(alpha, student_logits, axis)
     _checks.mask(known, student_logits, axis, "known")
@@ -284,7 +285,7 @@ def finite_rows(logits: Tensor) -> Tensor:
     return torch.isfinite(logits.amax(-1))  # which hands NaN on
 
 
-def check_divergence(divergence: str, beta: float) -> None:
+def check_divergence(divergence: str, beta: float) -> float:
     _checks.choice("divergence", divergence, DIVERGENCES)
     beta = _checks.number("beta", beta, 0.0, 1.0)
     if divergence == "js" and beta in (0.0, 1.0):
@@ -292,6 +293,7 @@ def check_divergence(divergence: str, beta: float) -> None:
             f"`beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {beta:g}. For the "
             "limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
         )
+    return beta
 
 
 def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:

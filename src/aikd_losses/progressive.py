@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -96,6 +96,10 @@ class ProgressiveKD(Carrier):
         self._warned = False
         self._after_load()
 
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        if not saved["epoch"].is_meta:
+            self._planned_epoch(int(saved["epoch"]))
+
     def _after_load(self) -> None:
         self.alpha.fill_(schedules.evaluate("alpha", self.alpha_schedule, int(self.epoch), 1.0))
 
@@ -124,7 +128,7 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Term | None:
         """`forward` as soft targets that a stack may merge with others, or None."""
-        if target is not None and target.requires_grad:
+        if isinstance(target, Tensor) and target.requires_grad:
             return None
         arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda)
         return functional.progressive_term(student_logits, *arguments)
@@ -193,6 +197,8 @@ class ProgressiveKD(Carrier):
             self._check_index("index", index, student_logits, axis, mask)
         if index is None or partner_index is not None:
             return _nothing_to_do
+        if isinstance(self.targets, _Table):
+            _checks.has_values("student_logits", student_logits, self.targets.known.device)
         return partial(self._remember, student_logits.detach(), axis, index, mask)
 
     @torch.no_grad()
@@ -273,7 +279,8 @@ class ProgressiveKD(Carrier):
 
     def _check_index(self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None) -> None:
         shape = _checks.positions(student_logits, axis)
-        _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask)
+        home = self.targets.known.device if isinstance(self.targets, _Table) else None
+        _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask, home)
 
     def _is_ours(self) -> bool:
         """A store that is read as ours are, whatever a subclass may do when it writes."""
@@ -290,7 +297,7 @@ class ProgressiveKD(Carrier):
         """The stored rows, class axis last, and whether they are known (None: all), where the logits are."""
         shape = _checks.positions(student_logits, axis)
         if self._is_ours():
-            _checks.sample_index(name, index, shape, None)
+            _checks.sample_index(name, index, shape, None, home=cast(_Table, self.targets).known.device)
             try:
                 probs, known = self._read_ours(_ids(index, mask))
             except IndexError:  # an id out of range, which reading finds by itself; this says so in a sentence
@@ -344,15 +351,11 @@ class ProgressiveKD(Carrier):
         """$\\lambda$ row + (1 - $\\lambda$) partner's row, known where both are."""
         first, first_known = self._read("index", index, student_logits, axis, mask)
         second, second_known = self._read("partner_index", partner_index, student_logits, axis, mask)
+        _checks.mix_lambda(mix_lambda, (len(index),), first)
         if isinstance(mix_lambda, Tensor):
-            if tuple(mix_lambda.shape) not in ((), (len(index),)):
-                raise ValueError(
-                    f"`mix_lambda` must be a number or have the shape ({len(index)},); got {tuple(mix_lambda.shape)}."
-                )
-            _checks.share("mix_lambda", mix_lambda)
             share: float | Tensor = mix_lambda.to(first).reshape(-1, *[1] * (first.ndim - 1))
         else:
-            share = _checks.number("mix_lambda", mix_lambda, 0.0, 1.0)
+            share = float(mix_lambda)
         known = None if first_known is None or second_known is None else first_known & second_known  # both or neither
         return share * first + (1 - share) * second, known
 

@@ -35,6 +35,7 @@ class LinearRamp:
         _checks.integer("num_epochs", self.num_epochs, 1)
 
     def __call__(self, epoch: int) -> float:
+        _checks.integer("epoch", epoch, 0)
         return self.end * min(epoch + 1, self.num_epochs) / self.num_epochs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -122,11 +122,16 @@ class LossStack(Carrier):
             raise TypeError(f"`terms` must be a mapping {{name: module}} with at least one term; got {terms!r}.")
         for name, term in terms.items():
             _check_term(name, term)
-        _check_names("weights", weights, terms)
-        _check_names("inputs", inputs, terms)
+        check_names("weights", weights, terms)
+        check_names("inputs", inputs, terms)
         self.weights: dict[str, Schedule] = {
             name: schedules.check(f"weights[{name!r}]", (weights or {}).get(name, 1.0), math.inf) for name in terms
         }
+        for name, renamed in (inputs or {}).items():
+            if not isinstance(renamed, Mapping) or not all(isinstance(x, str | None) for x in renamed.values()):
+                raise TypeError(
+                    f"`inputs[{name!r}]` must be a mapping {{parameter: name of a tensor, or None}}; got {renamed!r}."
+                )
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
         self._calls = {
             method: {
@@ -152,6 +157,10 @@ class LossStack(Carrier):
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._weights = torch.zeros(len(terms), dtype=torch.float64, device="cpu")
         self._after_load()
+
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        if not saved["epoch"].is_meta:
+            self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
     def _after_load(self) -> None:
         self._fill_weights(int(self.epoch))
@@ -292,9 +301,9 @@ def _check_term(name: object, term: object) -> None:
         )
 
 
-def _check_names(setting: str, given: Mapping[str, Any] | None, terms: Mapping[str, Any]) -> None:
+def check_names(setting: str, given: Mapping[str, Any] | None, terms: Iterable[str]) -> None:
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"`{setting}` must be a mapping {{name: ...}}; got {given!r}.")
-    for name in given or {}:
+    for name in () if given is None else given:
         if name not in terms:
             raise ValueError(f"`{setting}` must name terms, {', '.join(terms)}; got {name!r}.")

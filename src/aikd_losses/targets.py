@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
@@ -66,16 +67,18 @@ class _Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
-        if dtype not in DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
             names = ", ".join(str(d) for d in DTYPES)
             raise ValueError(f"`dtype` must be one of {names}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
+        if path is not None and not (isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)):
+            raise TypeError(f"`path` must be a str or os.PathLike; got {path!r}.")
         self.path = None if path is None else os.path.abspath(os.fspath(path))
         self.pinned = device is not None or path is not None
         self._num_written = 0
         self._complete_version: int | None = None  # of `known`, when it was found to be all True
-        home = torch.get_default_device() if device is None else torch.device(device)
+        home = torch.get_default_device() if device is None else _checks.device(device)
         if path is not None:
             if device is not None and home.type != "cpu":
                 raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
@@ -106,7 +109,7 @@ class _Table(Carrier):
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the ids `index` `(N,)`: probabilities `(N, C)` in float32, zero where never written, and a bool
         `(N,)`, whether they were; both on the device of `index`."""
-        _checks.sample_index("index", index, None, self.num_samples)
+        _checks.sample_index("index", index, None, self.num_samples, home=self.known.device)
         at = index.to(self.known.device)
         probs, known = self._probs(at), self.known.index_select(0, at)
         return probs.to(index.device), known.to(index.device)
@@ -191,13 +194,11 @@ class _Table(Carrier):
         return kept, classes
 
     def _check_write(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
+        home = self.known.device
+        _checks.sample_index("index", index, None, None, home=home)
+        _checks.flags("keep", keep, index, home)
         _checks.sample_index("index", index, None, self.num_samples, keep)
-        _checks.distributions("probs", probs, (len(index), self.num_classes), keep)
-        if keep is not None and (keep.dtype != torch.bool or keep.shape != index.shape):
-            raise ValueError(
-                f"`keep` must be a bool of the shape of `index`, {tuple(index.shape)}; got {keep.dtype} of shape "
-                f"{tuple(keep.shape)}."
-            )
+        _checks.distributions("probs", probs, (len(index), self.num_classes), keep, home)
 
     def advance_epoch(self) -> None:
         """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
@@ -235,6 +236,13 @@ class _Table(Carrier):
         self._interrupted = False
         gaps = self.known.is_meta or not bool(self.known.all())
         self._complete_version = None if gaps else self.known._version
+
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        classes = saved.get("classes")
+        if classes is None or classes.is_meta:
+            return
+        if not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
+            raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
 
     def _before_load(self) -> None:
         self._mark_file(_mapped.INTERRUPTED)
