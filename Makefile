@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark soak check lint types wheel clean
+.PHONY: test example example-seeds benchmark coverage soak check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ example-seeds: .venv/ready   ## the example over seeds and weight decays; writes
 
 benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
+
+coverage: .venv/ready        ## every line and branch of src/ is run by a test, or says why not
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=100 $(PYTEST_ARGS)
 
 soak: .venv/ready            ## long runs, kills, a store for ImageNet at full size; writes benchmarks/results/
 	$(BIN)/python benchmarks/soak.py $(ARGS)

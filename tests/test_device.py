@@ -77,8 +77,28 @@ def test_every_store_is_read_and_written_without_reading_the_device(tensors, sto
     loss = ProgressiveKD(store).to(META)
     loss(tensors["student_logits"], tensors["target"], index=tensors["index"], mask=tensors["mask"]).backward()
     loss.update(tensors["student_logits"], index=tensors["index"], mask=tensors["mask"])
+    store.write(tensors["index"], torch.rand(N, C, device=META))  # the caller vouches for what cannot be looked at
     blended = loss(tensors["student_logits"], index=tensors["index"], partner_index=tensors["index"], mix_lambda=0.3)
     assert blended.is_meta
+
+
+def test_rows_of_a_store_elsewhere_travel_to_the_logits(tensors):
+    loss = ProgressiveKD(CachedTargets(20, C, device="cpu"))
+    value = loss(tensors["student_logits"], tensors["target"], index=torch.arange(N))
+    assert value.is_meta
+    value.backward()
+    with torch.device("meta"):
+        there = ProgressiveKD(CachedTargets(20, C))
+    read = there._read_ours(torch.arange(N))  # the other way round: ids travel to the store
+    assert read[0].is_meta
+
+
+def test_a_criterion_on_the_meta_device_loads_one_that_is_there_too():
+    with torch.device("meta"):
+        one, other = (AIKDLoss(20, C, 3, discriminator=MLPDiscriminator(C)).to("meta") for _ in range(2))
+    states = [loss.state_dict() for loss in (one.terms["progressive"], other.terms["progressive"])]
+    assert states[0].keys() == states[1].keys()
+    one.terms["progressive"].load_state_dict({name: x.to("meta") for name, x in states[1].items()})
 
 
 @pytest.mark.parametrize("objective", ["non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from aikd_losses import CachedTargets, DeterministicKD, LossStack, ProgressiveKD, _soft_targets
 from aikd_losses.functional import deterministic_kd, progressive_kd
@@ -131,6 +132,61 @@ def test_functional_transforms_see_the_same_loss():
     slopes, values = torch.func.vmap(torch.func.grad_and_value(deterministic_kd))(s, t)
     torch.testing.assert_close(values, torch.stack([value for value, _ in rows]))
     torch.testing.assert_close(slopes, torch.stack([slope for _, slope in rows]), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, torch.tensor([0.0, 0.3, 1.0, 0.9])], ids=["none", "half", "of-each-row"])
+@pytest.mark.parametrize("target", ["none", "labels", "soft"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_a_transform_the_progressive_term_is_the_same(alpha, target, masked):
+    s, previous = torch.randn(4, 3), torch.randn(4, 3).softmax(-1)
+    labels = torch.tensor([2, 0, -100 if masked else 1, 1])  # an ignored label is behind the mask
+    y = {"none": None, "labels": labels, "soft": torch.randn(4, 3).softmax(-1)}[target]
+    settings = dict(alpha=alpha, mask=torch.arange(4) != 2 if masked else None, temperature=2.0)
+    value, slope = with_gradient(lambda x: progressive_kd(x, previous, y, **settings), s)
+    found, there = torch.func.grad_and_value(lambda x: progressive_kd(x, previous, y, **settings))(s)[::-1]
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(there, slope)
+    if target == "labels":
+        with pytest.raises(IndexError, match=r"`target` must be"):
+            torch.func.grad(lambda x: progressive_kd(x, previous, labels + 2, **settings))(s)
+
+
+def test_under_a_transform_a_stack_is_the_same():
+    stack = LossStack({"label": nn.CrossEntropyLoss(), "kd": DeterministicKD(temperature=2.0)})
+    s, t, y = torch.randn(4, 3), torch.randn(4, 3), torch.arange(4) % 3
+
+    def total(x):
+        return stack(student_logits=x, teacher_logits=t, target=y)[0]
+
+    torch.testing.assert_close(torch.func.grad(total)(s), with_gradient(total, s)[1])
+
+
+def test_a_soft_target_that_is_learned_gets_its_gradient_in_a_stack_too():
+    store = CachedTargets(4, 3, dtype=torch.float32)
+    store.write(torch.arange(4), torch.randn(4, 3).softmax(-1))
+    s, target = torch.randn(4, 3), torch.randn(4, 3).softmax(-1).requires_grad_()
+    stack = LossStack({"ps": ProgressiveKD(store, alpha=0.3), "kd": DeterministicKD()})
+    total, _ = stack(student_logits=s, teacher_logits=torch.randn(4, 3), target=target, index=torch.arange(4))
+    (found,) = torch.autograd.grad(total, target)
+    torch.testing.assert_close(found, -0.7 * s.log_softmax(-1) / 4)
+
+
+def test_an_error_of_the_kernels_that_is_not_the_labels_fault_is_handed_on(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_soft_targets._SoftTargets, "apply", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        progressive_kd(torch.randn(4, 3), torch.randn(4, 3).softmax(-1), torch.arange(4) % 3, alpha=0.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_history_and_labels_there_is_nothing_to_learn(reduction):
+    s = torch.randn(4, 3, requires_grad=True)
+    value = progressive_kd(s, torch.full((4, 3), 1 / 3), alpha=0.0, reduction=reduction)
+    assert value.tolist() == (0.0 if reduction == "mean" else [0.0] * 4)
+    value.sum().backward()
+    assert not s.grad.any()
 
 
 @pytest.mark.parametrize("learned", ["alpha", "target"])

@@ -32,6 +32,14 @@ def given():
     }
 
 
+def test_alpha_may_be_a_function_of_the_epoch(given):
+    criterion = AIKDLoss(N, C, 4, alpha=lambda epoch: 0.1 * epoch)
+    for expected in (0.0, 0.1, 0.2):
+        assert float(criterion.terms["progressive"].alpha) == pytest.approx(expected)
+        criterion.update(**given)
+        criterion.advance_epoch()
+
+
 class Feature(nn.Module):
     """A user's own term, with a name of its own for a tensor and an optional one."""
 

@@ -362,6 +362,36 @@ def progressive(**settings):
     return ProgressiveKD(CachedTargets(N, C), alpha=LinearRamp(0.8, 4), **settings)
 
 
+def test_a_checkpoint_that_lacks_the_discriminators_optimizer_or_has_none_to_give_it_to():
+    def build(**settings):
+        discriminator = MLPDiscriminator(C)
+        return AdversarialDistributionLoss(discriminator, **{k: v(discriminator) for k, v in settings.items()})
+
+    owner, other = build(optimizer=lambda d: torch.optim.Adam(d.parameters())), build()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "optimizer_state"'):
+        owner.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "optimizer_state"'):
+        other.load_state_dict(owner.state_dict())
+    other.load_state_dict(build().state_dict())
+    with pytest.raises(RuntimeError, match=r"optimizer: it is on the meta device and has no values"):
+        owner.load_state_dict({name: x.to("meta") for name, x in owner.state_dict().items()})
+
+
+def test_a_discriminator_without_memory_says_how_to_get_some():
+    here = AdversarialDistributionLoss(MLPDiscriminator(C))
+    there = AdversarialDistributionLoss(MLPDiscriminator(C).to("meta"))
+    with pytest.raises(
+        RuntimeError, match=r"`discriminator` is on the meta device and has no memory to load into\. Call"
+    ):
+        there.load_state_dict(here.state_dict())
+
+
+def test_a_discriminator_of_other_widths_is_refused_in_a_sentence():
+    one, other = (AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(w,))) for w in (4, 5))
+    with pytest.raises(RuntimeError, match=r"`discriminator`: Error\(s\) in loading state_dict for MLPDiscriminator"):
+        one.load_state_dict(other.state_dict())
+
+
 def test_alpha_follows_the_epoch_and_a_number_says_which():
     loss = progressive()
     seen = [float(loss.alpha)]

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore
+from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore, _mapped
 
 N, C = 10, 4
 STORES = {
@@ -176,11 +176,9 @@ def _killed_in_an_epoch(path, orphan, said):
     store.write(torch.arange(N), rows(*range(N)))
     store.advance_epoch()
     store.write(torch.tensor([1]), rows(20))
-    if orphan:  # a worker that outlives the process
-        if os.fork() == 0:
-            said.send(os.getpid())
-            time.sleep(60)
-            os._exit(0)
+    if orphan and os.fork() == 0:  # a worker that outlives the process
+        said.send(os.getpid())
+        time.sleep(60)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -257,6 +255,39 @@ def test_an_interrupted_file_is_taken_as_it_is_where_that_is_wanted(interrupted)
     torch.testing.assert_close(store.read(torch.tensor([1]))[0], rows(20), atol=1e-3, rtol=0)
     del store
     assert CachedTargets(N, C, path=interrupted).read(torch.arange(N))[1].all()
+
+
+def test_a_forked_process_does_not_hold_the_file(tmp_path):
+    store = CachedTargets(N, C, path=tmp_path / "targets")
+    held = store._held
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if held.descriptor is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert held.descriptor is not None
+    held.close()
+    held.close()  # once is enough
+    assert held.descriptor is None
+
+
+def test_where_files_cannot_be_locked_one_that_is_being_written_counts_as_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(_mapped, "fcntl", None)
+    store = CachedTargets(N, C, path=tmp_path / "targets.bin")
+    assert not CachedTargets(N, C, path=tmp_path / "targets.bin").read(torch.arange(N))[1].any()
+    store.write(torch.tensor([1]), rows(0))
+    refuses(CachedTargets(N, C, path=tmp_path / "targets.bin"))
+
+
+@pytest.mark.parametrize("linux", [True, False])
+def test_a_file_has_one_identity_whatever_it_is_called(linux, tmp_path, monkeypatch):
+    if not linux:
+        monkeypatch.setattr(_mapped, "BOOT", "/nowhere")
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    os.link(tmp_path / "a", tmp_path / "c")
+    a, b, c = (_mapped.identity(str(tmp_path / name)) for name in "abc")
+    assert a == c != b
+    assert all(-(2**63) <= x < 2**63 for x in (a, b))
 
 
 def test_a_file_store_is_saved_without_a_copy_and_loads_anywhere(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 from aikd_losses import (
     AdversarialDistributionLoss,
+    AdversarialObjective,
     CachedTargets,
     DeterministicKD,
     GradientPenalty,
@@ -132,6 +133,20 @@ def test_the_usual_wasserstein_loss_with_gradient_penalty_and_its_gradient():
     usual.backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(a.grad, torch.zeros_like(a) if b.grad is None else b.grad)
+
+
+def test_an_objective_of_ones_own_is_played_as_it_is_given():
+    ours = AdversarialObjective(
+        discriminator=lambda teacher, student: 3 * student - teacher, student=lambda student, teacher: 5 * student
+    )
+    layer = nn.Linear(4, 1, bias=False)
+    loss = AdversarialDistributionLoss(nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), layer), objective=ours, inputs="logits")
+    s, t = torch.randn(2, 6, 4)
+    found, found_other = loss(s, t), loss.discriminator_loss(s, t)
+    s, t = (F.layer_norm(x, (4,)) for x in (s, t))
+    torch.testing.assert_close(found, 5 * (s @ layer.weight.T).mean())
+    expected = (3 * (s @ layer.weight.T) - t @ layer.weight.T).mean()
+    torch.testing.assert_close(found_other, expected)
 
 
 def test_update_is_one_step_of_the_optimizer_on_the_discriminators_loss():

@@ -112,6 +112,9 @@ class Carrier(nn.Module):
                     )
                 else:
                     copies[name] = own, saved
+        complete = complete and not any(
+            own.is_meta for own, _ in copies.values()
+        )  # both without values: nothing to load
         if complete and not errors:
             try:
                 self._check_load({name: saved for name, (_, saved) in copies.items()})
@@ -131,7 +134,7 @@ def _moved(value: Tensor, fn: Any) -> Tensor:
     probe = fn(torch.empty(0, dtype=value.dtype, device=value.device))
     if value.is_meta and not probe.is_meta:
         return torch.zeros_like(value, device=probe.device)  # materialised as an empty store
-    if probe.device.type == "mps" and value.dtype == torch.float64:
+    if probe.device.type == "mps" and value.dtype == torch.float64:  # pragma: no cover (needs an Apple GPU)
         return value.to(probe.device, torch.float32)  # MPS knows no float64
     moved = value.to(probe.device)
     return moved.share_memory_() if probe.device.type == "cpu" and probe.is_shared() else moved

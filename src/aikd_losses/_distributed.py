@@ -41,7 +41,7 @@ class Ranks:
     def _reachable(self, x: Tensor) -> Tensor:
         """`x` on a device that the group's backend can send from."""
         backend = dist.get_backend(self.group)
-        if x.device.type == "cpu" and "nccl" in backend and "gloo" not in backend:
+        if x.device.type == "cpu" and "nccl" in backend and "gloo" not in backend:  # pragma: no cover (needs NCCL)
             return x.to(torch.device("cuda", torch.cuda.current_device()))
         return x
 

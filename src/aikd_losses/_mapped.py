@@ -18,11 +18,12 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: a file that is being written is then always taken for interrupted
+except ImportError:  # pragma: no cover (Windows): a file that is being written is then always taken for interrupted
     fcntl = None  # type: ignore[assignment]
 
 PAGE = 4096  # the header's size and the columns' alignment
 FORMAT = "aikd-losses targets 2"
+BOOT = "/proc/sys/kernel/random/boot_id"
 WHOLE, WRITING, INTERRUPTED = range(3)  # the state of a file
 
 _held: weakref.WeakSet[Hold] = weakref.WeakSet()
@@ -84,14 +85,14 @@ def _let_go() -> None:
         held.close()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows does not fork)
     os.register_at_fork(after_in_child=_let_go)
 
 
 def identity(path: str) -> int:
     """A number (int64) that is the same for processes of one machine that have mapped the same file, and for no others."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
+        with open(BOOT) as file:
             machine = file.read()
     except OSError:  # not Linux
         machine = str(uuid.getnode())

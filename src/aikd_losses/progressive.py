@@ -97,8 +97,7 @@ class ProgressiveKD(Carrier):
         self._after_load()
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        if not saved["epoch"].is_meta:
-            self._planned_epoch(int(saved["epoch"]))
+        self._planned_epoch(int(saved["epoch"]))
 
     def _after_load(self) -> None:
         self.alpha.fill_(schedules.evaluate("alpha", self.alpha_schedule, int(self.epoch), 1.0))
@@ -300,9 +299,9 @@ class ProgressiveKD(Carrier):
             _checks.sample_index(name, index, shape, None, home=cast(_Table, self.targets).known.device)
             try:
                 probs, known = self._read_ours(_ids(index, mask))
-            except IndexError:  # an id out of range, which reading finds by itself; this says so in a sentence
+            except IndexError as error:  # an id out of range, which reading finds by itself; this says so in a sentence
                 self._check_index(name, index, student_logits, axis, mask)
-                raise
+                raise AssertionError(f"`{name}` is in range") from error  # pragma: no cover
         else:
             self._check_index(name, index, student_logits, axis, mask)
             probs, known = self._read_others(index, mask, student_logits.shape[axis])

@@ -159,8 +159,7 @@ class LossStack(Carrier):
         self._after_load()
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        if not saved["epoch"].is_meta:
-            self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
+        self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
     def _after_load(self) -> None:
         self._fill_weights(int(self.epoch))

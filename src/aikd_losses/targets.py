@@ -16,7 +16,6 @@ from . import _checks, _mapped
 from ._carrier import Carrier
 from ._distributed import Ranks
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OF_FILE = ("rows", "classes", "known", "_file_state", "_held")  # what a copy of a store with a `path` has to do without
 
 
@@ -67,8 +66,8 @@ class _Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
-        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
-            names = ", ".join(str(d) for d in DTYPES)
+        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
+            names = ", ".join(str(d) for d in _checks.FLOATS)
             raise ValueError(f"`dtype` must be one of {names}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
