@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "default",
@@ -12,6 +12,9 @@ settings.register_profile(
     max_examples=50,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(  # a mutant is killed by any example: the smallest one is not looked for
+    "mutation", settings.get_profile("default"), max_examples=20, derandomize=True, database=None, phases=[Phase.generate]
 )
 settings.load_profile("default")
 
