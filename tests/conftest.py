@@ -14,7 +14,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.register_profile(  # a mutant is killed by any example: the smallest one is not looked for
-    "mutation", settings.get_profile("default"), max_examples=20, derandomize=True, database=None, phases=[Phase.generate]
+    "mutation",
+    settings.get_profile("default"),
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
 )
 settings.load_profile("default")
 

@@ -161,3 +161,14 @@ def test_the_repr_of_every_module_shows_its_settings():
     }
     for module, text in shown.items():
         assert text in repr(module)
+
+
+def test_the_repr_of_a_store_says_where_it_is(tmp_path):
+    path = str(tmp_path / "targets.bin")
+    for store, text in (
+        (CachedTargets(5, 3), "CachedTargets(5, 3, dtype=torch.float16, device=cpu)"),
+        (CachedTargets(5, 3, top_k=2), "CachedTargets(5, 3, dtype=torch.float16, top_k=2, device=cpu)"),
+        (CachedTargets(5, 3, path=path), f"CachedTargets(5, 3, dtype=torch.float16, path={path!r})"),
+        (EMATargets(5, 3, device="meta"), "EMATargets(5, 3, dtype=torch.float16, device=meta, decay=0.9)"),
+    ):
+        assert repr(store) == text
