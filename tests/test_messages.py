@@ -237,6 +237,20 @@ SETTINGS = [
         ValueError,
         "`device` must be the CPU for a store in a file (`path`); got meta.",
     ),
+    *(
+        (
+            build,
+            TypeError,
+            "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a DeviceMesh: "
+            "`mesh.get_group('dp')`); got 'dp'.",
+        )
+        for build in (
+            lambda w: CachedTargets(N, C, process_group="dp"),
+            lambda w: EMATargets(N, C, process_group="dp"),
+            lambda w: adversarial(process_group="dp"),
+            lambda w: AIKDLoss(N, C, 4, process_group="dp"),
+        )
+    ),
     # the adversarial term
     (lambda w: AdversarialDistributionLoss(torch.sum), TypeError, "`discriminator` must be an nn.Module (an instance)"),
     (

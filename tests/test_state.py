@@ -332,6 +332,52 @@ def test_rows_with_nan_or_inf_are_not_shown_to_the_discriminator():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def first_logit(**settings):
+    """A discriminator whose score is the first logit, so that what it is shown decides."""
+    discriminator = nn.Linear(C, 1)
+    with torch.no_grad():
+        discriminator.weight.copy_(torch.eye(C)[:1])
+        discriminator.bias.zero_()
+    sgd = torch.optim.SGD(discriminator.parameters(), lr=0.5)
+    return AdversarialDistributionLoss(
+        discriminator, objective="wasserstein", inputs="logits", optimizer=sgd, **settings
+    )
+
+
+def test_the_health_of_the_discriminator_is_that_of_its_last_step():
+    loss = first_logit()
+    assert loss.diagnostics() == {}
+    s, t = torch.randn(4, C), torch.randn(4, C)
+    s[:, 0], t[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 2.0, 1.0])  # won: two and a half
+    value = loss.update(s, t)
+    seen = loss.diagnostics()
+    assert sorted(seen) == ["accuracy", "discriminator_loss", "gradient_norm"]
+    assert seen["accuracy"].item() == 2.5 / 4
+    assert value.item() == seen["discriminator_loss"].item() == 0.0  # 6/4 - 6/4
+    torch.testing.assert_close(seen["gradient_norm"], torch.linalg.vector_norm((s - t).mean(0)))
+    assert not any(x.requires_grad for x in seen.values())
+    loss = first_logit()
+    t[0], mask = torch.nan, torch.tensor([True, True, True, False])  # which leave the second and third row
+    assert loss.update(s, t, mask=mask).item() == -0.5
+    seen = loss.diagnostics()
+    assert seen["accuracy"].item() == 1.5 / 2
+    torch.testing.assert_close(seen["gradient_norm"], torch.linalg.vector_norm((s - t)[1:3].mean(0)))
+
+
+def test_the_health_of_a_discriminator_that_has_exploded_is_not_finite():
+    loss = first_logit(penalty=lambda score, teacher, student: score(teacher) * torch.inf)
+    loss.update(*torch.randn(2, 4, C))
+    assert not loss.diagnostics()["gradient_norm"].isfinite()
+
+
+def test_a_stack_has_the_health_of_its_terms_by_their_names():
+    criterion = build()
+    train(network(), sgd(network()), criterion, range(1))
+    own = criterion.terms["adversarial"].diagnostics()
+    assert criterion.diagnostics() == {f"adversarial/{name}": value for name, value in own.items()}
+    assert own
+
+
 def test_a_discriminator_may_be_conditional():
     class Conditional(nn.Module):
         def __init__(self):
