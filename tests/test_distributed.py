@@ -175,6 +175,66 @@ def test_a_chunked_exchange_is_the_same(on_two_ranks):
         assert torch.equal(known, other_known)
 
 
+def within(chunk_bytes):
+    def work(rank):
+        from aikd_losses import _distributed
+
+        _distributed.CHUNK_BYTES = chunk_bytes
+        received, all_gather = [], dist.all_gather
+
+        def counting(tensors, *args, **kwargs):
+            received.append(tensors[0].numel() * tensors[0].element_size())
+            all_gather(tensors, *args, **kwargs)
+
+        dist.all_gather = counting
+        store = CachedTargets(N, C)
+        written = [0, 1, 2] if rank == 0 else [2, 9, 11, 13, 15]
+        store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
+        store.advance_epoch()
+        return received
+
+    return work
+
+
+@pytest.mark.parametrize(("chunk_bytes", "lengths"), [(1, [1, 1, 1, 1, 1]), (60, [2, 2, 1]), (149, [4, 1]), (150, [5])])
+def test_what_is_received_at_a_time_is_bounded_and_sent_in_as_few_chunks_as_that_allows(
+    chunk_bytes, lengths, on_two_ranks
+):
+    # A row: the id (8 bytes), three classes in float16 (6) and whether it is known (1), from each of two ranks.
+    expected = [8] + [length * size for length in lengths for size in (8, 6, 1)]  # after how many there are
+    assert on_two_ranks(within(chunk_bytes)) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "sent"),
+    [
+        ("nccl", "cpu", True),
+        ("nccl", "cuda", False),
+        ("gloo", "cpu", False),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+        ("mpi", "cpu", False),
+    ],
+)
+def test_what_is_on_the_cpu_goes_through_the_gpu_where_the_backend_knows_no_other_way(
+    backend, device, sent, monkeypatch
+):
+    """With a stand-in for the tensor, as there is no GPU here."""
+    from aikd_losses._distributed import Ranks
+
+    class Stored:
+        def __init__(self, device):
+            self.device, self.to = torch.device(device), Stored
+
+    group = object()
+    ranks = Ranks(None)
+    ranks.group = group
+    monkeypatch.setattr(dist, "get_backend", {group: backend}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    x = Stored(device)
+    assert ranks._reachable(x).device == torch.device("cuda:3" if sent else device)
+    assert (ranks._reachable(x) is x) != sent
+
+
 def of_unequal_size(rank):
     torch.manual_seed(rank)
     discriminator = MLPDiscriminator(C, hidden=(4,))

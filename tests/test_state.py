@@ -217,6 +217,33 @@ def test_schedules_are_worked_out_anew_so_that_a_longer_run_resumes_right():
     assert float(long.terms["progressive"].alpha) == pytest.approx(0.8 * 4 / 10)
 
 
+def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_names_of_its_tensors():
+    full = adversarial().state_dict()
+    with torch.device("meta"):
+        empty = AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(8,)))
+    for loss, name in ((empty, "discriminator"), (nn.ModuleDict({"a": empty}), "a.discriminator")):
+        state = {name.removesuffix("discriminator") + key: x for key, x in full.items() if "optimizer" not in key}
+        with pytest.raises(RuntimeError) as error:
+            loss.load_state_dict(state)
+        assert (
+            f"`{name}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
+            in (str(error.value))
+        )
+    with pytest.raises(RuntimeError, match=r"`discriminator`: Error\(s\) in loading state_dict .*\n?.*size mismatch"):
+        AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(9,))).load_state_dict(
+            {key: x for key, x in full.items() if "optimizer" not in key}
+        )
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "discriminator.label".'):
+        adversarial().load_state_dict({**full, "discriminator.label": torch.zeros(1)})
+    loss, without = adversarial(), {key: x for key, x in full.items() if key != "discriminator.layers.0.weight"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "discriminator.layers.0.weight".'):
+        loss.load_state_dict(without)
+    assert loss.load_state_dict(without, strict=False).missing_keys == ["discriminator.layers.0.weight"]
+    assert torch.equal(loss.discriminator.layers[2].weight, full["discriminator.layers.2.weight"])
+    to_meta = {key: x.to("meta") for key, x in full.items() if "optimizer" not in key}
+    assert empty.load_state_dict(to_meta)  # nothing to be lost
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_a_copy_of_a_criterion_is_whole_and_independent(copied, spectral_norm):

@@ -83,9 +83,14 @@ def test_bytes_a_sample():
     assert CachedTargets(N, 1000).rows.element_size() == 2
 
 
-@pytest.mark.parametrize("num_classes", [256, 257, 32768, 32769])
-def test_the_last_class_fits_the_type_of_the_classes(num_classes):
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"),
+    [(256, torch.uint8), (257, torch.int16), (32768, torch.int16), (32769, torch.int32)],
+    ids=["256", "257", "32768", "32769"],
+)
+def test_the_last_class_fits_the_type_of_the_classes_which_is_the_smallest(num_classes, dtype):
     store = CachedTargets(2, num_classes, top_k=1)
+    assert store.classes.dtype == dtype
     probs = torch.zeros(1, num_classes)
     probs[0, -1] = 1.0
     store.write(torch.tensor([0]), probs)
@@ -434,6 +439,7 @@ def test_a_store_made_on_meta_becomes_an_empty_one():
 
 def test_rows_shared_in_memory_are_shared():
     store = CachedTargets(N, C)
+    store.double()
     assert not store.rows.is_shared()
     store.share_memory()
     assert store.rows.is_shared()
