@@ -171,7 +171,8 @@ SETTINGS = [
     (
         lambda w: DeterministicKD(reduction="batchmean"),
         ValueError,
-        "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed",
+        "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already the mean over "
+        "samples (over positions, where there are several a sample).",
     ),
     (
         lambda w: ProgressiveKD(w.store, reduction="batchmean"),
@@ -288,7 +289,8 @@ SETTINGS = [
     (
         lambda w: adversarial(optimizer=Wrapper(torch.optim.SGD([w.s], lr=1.0))),
         TypeError,
-        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got Wrapper.",
+        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got Wrapper. Keep the discriminator's "
+        "optimizer out of the framework and pass it as it is.",
     ),
     (lambda w: adversarial(optimizer="adam"), TypeError, "`optimizer` must be a torch optimizer; got 'adam'."),
     (
@@ -303,7 +305,8 @@ SETTINGS = [
             optimizer=torch.optim.SGD([*w.adversarial.discriminator.parameters()][1:], lr=1.0),
         ),
         ValueError,
-        "`optimizer` must hold exactly the discriminator's 6 parameters; 5 of them and 0 others are in it.",
+        "`optimizer` must hold exactly the discriminator's 6 parameters; 5 of them and 0 others are in it. Build it from "
+        "`discriminator.parameters()`.",
     ),
     # discriminators, the teacher, ids
     (lambda w: MLPDiscriminator(1), ValueError, "`num_classes` must be at least 2; got 1."),
@@ -330,7 +333,8 @@ SETTINGS = [
     (
         lambda w: IndexedDataset(Stream()),
         TypeError,
-        "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights",
+        "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights as the "
+        "progressive teacher (docs/guide.md).",
     ),
     (lambda w: IndexedDataset(iter([1])), TypeError, "`dataset` must have __getitem__ and __len__; got list_iterator."),
     (
@@ -373,7 +377,8 @@ SETTINGS = [
         (
             lambda w, loss=loss: LossStack({"x": loss()}),
             TypeError,
-            f"Term 'x' is a {loss.__name__}, which does not take logits.",
+            f"Term 'x' is a {loss.__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD or a "
+            "module of your own.",
         )
         for loss in (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss)
     ),
@@ -543,7 +548,8 @@ TENSORS = [
     (
         lambda w: w.progressive(w.s, nn.functional.one_hot(w.y, C), index=w.i),
         ValueError,
-        "got (4, 3). If it is one-hot, pass `target.argmax(1)`, or `target.float()` for probabilities.",
+        "`target` of class indices must have the shape of `student_logits` without its class axis, (4,); got (4, 3). If it is "
+        "one-hot, pass `target.argmax(1)`, or `target.float()` for probabilities.",
     ),
     (
         lambda w: w.progressive(w.s, w.p[:1], index=w.i),
@@ -636,7 +642,7 @@ TENSORS = [
             (
                 lambda w, n=name: getattr(w, n).read(w.i.int()),
                 TypeError,
-                "`index` must be of type int64; got torch.int32.",
+                "`index` must be of type int64; got torch.int32. Pass `index.long()`.",
             ),
             (lambda w, n=name: getattr(w, n).write(w.i + 1, w.p), IndexError, "`index` must be in 0..3"),
             (
@@ -696,7 +702,8 @@ TENSORS = [
     (
         lambda w: w.adversarial.eval().update(w.s, w.t),
         RuntimeError,
-        "`update` must not be called in eval mode: it would train the discriminator on evaluation data.",
+        "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call `.train()` on the "
+        "loss.",
     ),
     (lambda w: w.method.eval().update(**w.all), RuntimeError, "`update` must not be called in eval mode"),
     (
@@ -728,24 +735,25 @@ TENSORS = [
     (
         lambda w: LossStack({"kd": w.kd})(student_logits=w.s, teacher_logit=w.t),
         TypeError,
-        "Term 'kd' needs `teacher_logits`; got student_logits, teacher_logit.",
+        "Term 'kd' needs `teacher_logits`; got student_logits, teacher_logit. Pass it by name, or use the `inputs` of the "
+        "stack to rename or withhold it.",
     ),
     (
         lambda w: LossStack({"kd": w.kd})(student_logits=w.s, teacher_logits=w.t, masks=w.mask),
         TypeError,
         "No term uses `masks`; the terms kd use index, mask, student_logits, target, teacher_logits.",
     ),
-    (lambda w: LossStack({"kd": w.kd})(), TypeError, "Term 'kd' needs `student_logits`; got nothing."),
+    (lambda w: LossStack({"kd": w.kd})(), TypeError, "Term 'kd' needs `student_logits`; got nothing. Pass it by name"),
     (lambda w: w.method.update(**w.all, masks=w.mask), TypeError, "masks"),
     (
         lambda w: LossStack(w.method.terms).update(student_logits=w.s, teacher_logits=w.t),
         TypeError,
-        "Term 'progressive' needs `index`; got student_logits, teacher_logits.",
+        "Term 'progressive' needs `index`; got student_logits, teacher_logits. Pass it by name",
     ),
     (
         lambda w: w.method.update(student_logits=w.s, index=w.i),
         TypeError,
-        "Term 'adversarial' needs `teacher_logits`; got student_logits, index.",
+        "Term 'adversarial' needs `teacher_logits`; got student_logits, index. Pass it by name",
     ),
     (  # the second of the two terms refuses: the first must not have written
         lambda w: w.method.update(**{**w.all, "student_logits": w.s * 2, "teacher_logits": w.t[:1]}),
@@ -765,11 +773,21 @@ TENSORS = [
 ]
 
 
+def assert_said(sentence, caught):
+    """What ends with a full stop is the whole message, and other text its beginning or, after `got`, a part of it."""
+    message = str(caught.value)
+    if sentence.endswith("."):
+        assert message == sentence
+    else:
+        assert message.startswith(sentence) or sentence.startswith(("got", "missing", "masks"))
+
+
 def refused(call, world, error, sentence):
     before = world.state()
     with pytest.raises(error, match=re.escape(sentence)) as caught:
         call(world)
     assert type(caught.value) is error
+    assert_said(sentence, caught)
     after = world.state()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -795,8 +813,9 @@ def test_a_tensor_or_call_that_does_not_fit_is_refused_and_changes_nothing(call,
 @pytest.mark.parametrize(("x", "settings", "error", "sentence"), LOGITS, ids=ids(LOGITS))
 def test_logits_that_are_none_are_refused_by_every_loss(loss, x, settings, error, sentence):
     call = LOSSES[loss](settings)
-    with pytest.raises(error, match=re.escape(sentence)):
+    with pytest.raises(error, match=re.escape(sentence)) as caught:
         call(x)
+    assert_said(sentence, caught)
 
 
 @pytest.mark.parametrize(
