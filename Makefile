@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark check lint types wheel clean
+.PHONY: test example example-seeds benchmark mutants check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -22,6 +22,11 @@ example-seeds: .venv/ready   ## the example over seeds and weight decays; writes
 benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
 
+mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut; about an hour; writes benchmarks/results/
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(ARGS)
+	$(BIN)/python benchmarks/mutation.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +45,4 @@ wheel: .venv/ready           ## build, then install into a clean environment and
 check: lint types wheel
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs mutants
