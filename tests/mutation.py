@@ -20,6 +20,7 @@ from mutmut.runners.harness import PytestRunner
 from mutmut.state import state
 from mutmut.utils.file_utils import change_cwd
 
+SLOW = 0.3  # seconds; such tests come last
 CALLED = tempfile.TemporaryDirectory()
 torch.manual_seed = torch.default_generator.manual_seed  # the CPU's alone: a third of the time of a test otherwise
 _items: dict[str, pytest.Item] = {}  # collected once, for all mutants
@@ -45,6 +46,7 @@ def _run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[s
     for name in tests:
         turns[name.partition("[")[0]] += 1
         turn = 0 if few and "test_messages" in name else turns[name.partition("[")[0]]
+        turn += 1000 * (state().duration_by_test[name] > SLOW)
         ordered.append((turn, len(ordered), name))
     with change_cwd("mutants"):
         for *_, name in sorted(ordered):

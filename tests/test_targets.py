@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import re
 import pytest
 import torch
 
-from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore
+from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore, _mapped
 
 N, C = 10, 4
 STORES = {
@@ -66,6 +67,15 @@ def test_a_dropped_row_stays_as_it_was(build):
     before = contents(store)
     store.write(torch.tensor([5, 6]), rows(1, 2), keep=torch.tensor([False, False]))
     assert_same(contents(store), before)
+
+
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_of_a_dropped_row_neither_the_id_nor_the_row_has_to_be_one(build):
+    many, one = build(), build()
+    dropped = torch.tensor([False, True, False, False])
+    many.write(torch.tensor([-100, 1, N, 2]), torch.cat([rows(0, 1), -rows(2), torch.nan * rows(3)]), keep=dropped)
+    one.write(torch.tensor([1]), rows(1))
+    assert_same(contents(many), contents(one))
 
 
 def test_the_newest_prediction_replaces_the_one_before():
@@ -289,13 +299,41 @@ def test_a_file_that_another_store_has_open_was_not_interrupted(tmp_path):
     reading = CachedTargets(N, C, path=path)
     assert reading.read(torch.tensor([1]))[1].item()
     copied = copy.deepcopy(writing)  # of the rows: whoever has the file open still has
-    del reading
+    del writing  # which opened it first
     gc.collect()
-    assert not is_interrupted(path)
-    del writing
+    for _ in range(2):
+        assert not is_interrupted(path)
+    del reading
     gc.collect()
     assert is_interrupted(path)
     assert copied.read(torch.tensor([1]))[1].item()
+
+
+def test_the_identity_of_a_file_is_that_of_the_file_on_its_machine(tmp_path, monkeypatch):
+    """The machine is told by the number of its start or, where there is none, of its network card."""
+    for name in ("a", "b"):
+        CachedTargets(N, C, path=tmp_path / name)
+    os.link(tmp_path / "a", tmp_path / "also a")
+
+    def identities():
+        return [_mapped.identity(str(tmp_path / name)) for name in ("a", "also a", "b")]
+
+    def without(path):
+        raise FileNotFoundError(path)
+
+    seen = [identities()]
+    for content in ("one", "other"):
+        starts = {"/proc/sys/kernel/random/boot_id": content}
+        monkeypatch.setattr(_mapped, "open", lambda path, starts=starts: io.StringIO(starts[path]), raising=False)
+        seen.append(identities())
+    monkeypatch.setattr(_mapped, "open", without, raising=False)
+    for card in (1, 2):
+        monkeypatch.setattr(_mapped.uuid, "getnode", lambda card=card: card)
+        seen.append(identities())
+    assert all(a == also_a for a, also_a, _ in seen)
+    different = {number for a, _, b in seen for number in (a, b)}
+    assert len(different) == 2 * len(seen)
+    assert all(-(2**63) <= number < 2**63 for number in different)
 
 
 def test_a_process_that_was_forked_does_not_hold_the_file_of_its_parent(tmp_path):
