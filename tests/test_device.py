@@ -79,6 +79,8 @@ def test_every_store_is_read_and_written_without_reading_the_device(tensors, sto
     loss.update(tensors["student_logits"], index=tensors["index"], mask=tensors["mask"])
     blended = loss(tensors["student_logits"], index=tensors["index"], partner_index=tensors["index"], mix_lambda=0.3)
     assert blended.is_meta
+    without_ids = loss(tensors["student_logits"], tensors["target"], index=None, mask=tensors["mask"])
+    assert without_ids.is_meta
 
 
 @pytest.mark.parametrize("objective", ["non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"])

@@ -595,6 +595,11 @@ TENSORS = [
         "`partner_index` must be in 0..3 (the `num_samples` is 4); got values in 1..4",
     ),
     (
+        lambda w: w.progressive(w.s, w.y, index=w.i + 1, partner_index=w.i, mix_lambda=0.5),
+        IndexError,
+        "`index` must be in 0..3 (the `num_samples` is 4); got values in 1..4 (ids count from 0 within the training set).",
+    ),
+    (
         lambda w: w.progressive(w.s, w.y, index=None, partner_index=w.i),
         ValueError,
         "`partner_index` blends the rows of `index`, which must be given too; got index=None.",
@@ -714,6 +719,7 @@ TENSORS = [
     ),
     (lambda w: w.progressive.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: w.progressive.advance_epoch(1.5), TypeError, "`epoch` must be an integer; got 1.5."),
+    (lambda w: w.method.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: w.method.advance_epoch("2"), TypeError, "`epoch` must be an integer; got '2'."),
     # stacks
     (
@@ -833,19 +839,22 @@ def test_a_refused_store_leaves_no_file(build, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("epoch", [None, 5])
 @pytest.mark.parametrize("wrong", ["weight", "alpha"])
-def test_a_schedule_that_goes_wrong_later_stops_the_whole_stack_where_it_is(wrong):
+def test_a_schedule_that_goes_wrong_later_stops_the_whole_stack_where_it_is(wrong, epoch):
+    to = epoch or 1
+
     def late(epoch):
-        return -1.0 if epoch else 0.5
+        return -1.0 if epoch == to else 0.5
 
     world = World()
     first, second = ProgressiveKD(world.small), ProgressiveKD(world.ema, alpha=late if wrong == "alpha" else 0.5)
     stack = LossStack({"a": first, "b": second}, weights={"b": late if wrong == "weight" else 0.5})
     stack.update(student_logits=world.s, index=world.i)
     before = world.state() | {f"stack.{name}": x.clone() for name, x in stack.state_dict().items()}
-    name = {"weight": "`weights['b'](1)`", "alpha": "`alpha(1)`"}[wrong]
+    name = {"weight": f"`weights['b']({to})`", "alpha": f"`alpha({to})`"}[wrong]
     with pytest.raises(ValueError, match=re.escape(f"{name} must be")):
-        stack.advance_epoch()
+        stack.advance_epoch(epoch)
     after = world.state() | {f"stack.{name}": x for name, x in stack.state_dict().items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 

@@ -15,6 +15,7 @@ from torch import nn
 import aikd_losses
 from aikd_losses import (
     AdversarialDistributionLoss,
+    AdversarialObjective,
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
@@ -161,6 +162,18 @@ def test_the_repr_of_every_module_shows_its_settings():
     }
     for module, text in shown.items():
         assert text in repr(module)
+
+
+def test_the_repr_of_a_stack_and_of_an_objective_of_ones_own_says_no_more_than_there_is():
+    kd = DeterministicKD()
+    assert LossStack({"kd": kd}).extra_repr() == "weights={'kd': 1.0}"
+    inputs = {"kd": {"teacher_logits": "other"}}
+    assert LossStack({"kd": kd}, inputs=inputs).extra_repr() == f"weights={{'kd': 1.0}}, inputs={inputs}"
+    own = AdversarialObjective(max, min)
+    assert AdversarialDistributionLoss(MLPDiscriminator(3), objective=own).extra_repr() == (
+        f"discriminator=MLPDiscriminator, objective={own!r}, inputs='probs', temperature=1.0, penalty=None, optimizer=None, "
+        "reduction='mean', class_dim=None"
+    )
 
 
 def test_the_repr_of_a_store_says_where_it_is(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 
@@ -244,6 +245,38 @@ def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_name
     assert empty.load_state_dict(to_meta)  # nothing to be lost
 
 
+def test_an_optimizers_state_that_is_missing_or_does_not_fit_is_refused_by_its_name():
+    criterion = nn.ModuleDict({"a": adversarial()})
+    state = criterion.state_dict()
+    without = {key: x for key, x in state.items() if "optimizer" not in key}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "a.optimizer_state"\.'):
+        criterion.load_state_dict(without)
+    assert criterion.load_state_dict(without, strict=False).missing_keys == ["a.optimizer_state"]
+    narrow = MLPDiscriminator(C, hidden=())
+    other = AdversarialDistributionLoss(narrow, optimizer=torch.optim.Adam(narrow.parameters()))
+    with pytest.raises(RuntimeError, match=r"`a.optimizer_state` does not fit the discriminator's optimizer: .*group"):
+        criterion.load_state_dict({**state, "a.optimizer_state": other.state_dict()["optimizer_state"]})
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Payload, "ran", True)
+
+
+def test_an_optimizers_state_in_a_checkpoint_runs_no_code():
+    loss = adversarial()
+    buffer = io.BytesIO()
+    torch.save({"state": Payload(), "param_groups": []}, buffer)
+    spoilt = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    with pytest.raises((RuntimeError, pickle.UnpicklingError)):
+        loss.load_state_dict({**loss.state_dict(), "optimizer_state": spoilt})
+    assert not Payload.ran
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_a_copy_of_a_criterion_is_whole_and_independent(copied, spectral_norm):
@@ -423,8 +456,14 @@ def test_a_discriminator_may_be_conditional():
     masked = y.masked_fill(~mask, -100)  # which no embedding has
     expected = F.softplus(-discriminator(s.softmax(-1), y))[:6].mean()
     torch.testing.assert_close(loss(s, t, mask=mask, condition=masked), expected)
+    torch.testing.assert_close(loss.student_loss(s, t, mask=mask, condition=masked), expected)
+    loss.penalty = lambda score, teacher, student: 3 * score(teacher)
+    of_teacher, of_student = discriminator(t.softmax(-1), y)[:6], discriminator(s.softmax(-1), y)[:6]
+    expected = (F.softplus(-of_teacher) + F.softplus(of_student) + 3 * of_teacher).mean()
+    s[6], t[7] = torch.nan, torch.nan  # where the mask hides it
+    torch.testing.assert_close(loss.discriminator_loss(s, t, mask=mask, condition=masked), expected)
     before = discriminator.label.weight.clone()
-    loss.update(s, t, mask=mask, condition=masked)
+    torch.testing.assert_close(loss.update(s, t, mask=mask, condition=masked), expected.detach())
     assert not same(before, discriminator.label.weight)
 
 

@@ -591,6 +591,28 @@ def test_a_complete_store_is_known_to_be_so_only_as_long_as_nothing_says_otherwi
     assert not CachedTargets(3, 2).complete
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_rows_of_a_complete_store_are_blended_as_others_are_and_alone_by_default(complete):
+    store = CachedTargets(N, C, dtype=torch.float32)
+    loss = ProgressiveKD(store, alpha=1.0)
+    store.write(torch.arange(N), rows(*range(N)))
+    if complete:
+        store.advance_epoch()
+    assert store.complete == complete
+    s, index, partner = torch.randn(3, C), torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    first, second = rows(1, 2, 3), rows(4, 5, 6)
+    given = {"index": index, "partner_index": partner}
+    for mix, expected in ((None, first), (0.3, 0.3 * first + 0.7 * second)):
+        value = loss(s, **given) if mix is None else loss(s, **given, mix_lambda=mix)
+        torch.testing.assert_close(value, -(expected * s.log_softmax(-1)).sum(-1).mean())
+    mask = torch.tensor([True, False, True])
+    hidden = {name: x.masked_fill(~mask, N) for name, x in given.items()}  # no ids
+    torch.testing.assert_close(
+        loss(s, **hidden, mask=mask, mix_lambda=0.3),
+        loss(s[mask], **{name: x[mask] for name, x in given.items()}, mix_lambda=0.3),
+    )
+
+
 @pytest.mark.parametrize("kind", [CachedTargets, EMATargets])
 def test_the_last_of_equal_ids_wins_whatever_threads_write(kind):
     threads = torch.get_num_threads()
