@@ -117,6 +117,46 @@ def test_inputs_rename_and_withhold_in_forward_and_update(given):
     torch.testing.assert_close(values["progressive"], entropy)
 
 
+def test_terms_that_are_worked_out_together_and_others_are_what_they_are_alone(given):
+    store = CachedTargets(N, C, dtype=torch.float32)
+    store.write(torch.arange(N), torch.randn(N, C).softmax(-1))
+    terms = {
+        "js": DeterministicKD(divergence="js"),
+        "kd": DeterministicKD(temperature=2.0),
+        "reverse": DeterministicKD(divergence="reverse_kl"),
+        "wide": DeterministicKD(temperature=3.0),
+        "progressive": ProgressiveKD(store, alpha=0.7),
+        "masked": DeterministicKD(temperature=1.0),
+        "other": DeterministicKD(temperature=1.0),
+    }
+    renamed = {
+        **{name: {"mask": None} for name in ("js", "kd", "reverse", "progressive", "other")},
+        "wide": {"mask": None, "teacher_logits": "wide_logits"},
+        "other": {"mask": None, "student_logits": "other_logits"},
+    }
+    weights = {name: 0.5 + i for i, name in enumerate(terms)}
+    s, t, y, index = given.values()
+    mask, partner = torch.arange(N) < 4, torch.arange(N).flip(0)
+    extra = {"wide_logits": torch.randn(N, C).double(), "other_logits": torch.randn(N, C)}
+    values = {
+        "js": terms["js"](s, t),
+        "kd": terms["kd"](s, t),
+        "reverse": terms["reverse"](s, t),
+        "wide": terms["wide"](s, extra["wide_logits"]),
+        "progressive": terms["progressive"](s, y, index=index, partner_index=partner, mix_lambda=0.3),
+        "masked": terms["masked"](s, t, mask=mask),
+        "other": terms["other"](extra["other_logits"], t),
+    }
+    total, found = LossStack(terms, weights=weights, inputs=renamed)(
+        **given, **extra, mask=mask, partner_index=partner, mix_lambda=0.3
+    )
+    assert list(found) == list(terms)
+    for name, value in values.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    expected = sum(weights[name] * value for name, value in values.items())
+    torch.testing.assert_close(total, expected, check_dtype=False)
+
+
 def test_a_shared_store_advances_once(given):
     class Counting(CachedTargets):
         advances = 0

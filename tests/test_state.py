@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -349,6 +350,26 @@ def test_the_students_loss_leaves_neither_gradient_nor_buffer_on_the_discriminat
     assert t.grad is None
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_students_gradient_is_that_of_the_loss_times_what_comes_from_above(reduction):
+    loss = first_logit(reduction=reduction)  # of which the student minimises minus the first logit
+    s = torch.randn(8, C, requires_grad=True)
+    (3.0 * loss(s, torch.randn(8, C)).sum()).backward()
+    expected = torch.zeros(8, C)
+    expected[:, 0] = -3.0 / (8 if reduction == "mean" else 1)
+    torch.testing.assert_close(s.grad, expected)
+
+
+def test_a_second_derivative_of_the_students_loss_is_refused_in_a_sentence():
+    s = torch.randn(8, C, requires_grad=True)
+    said = (
+        "`AdversarialDistributionLoss` has no second derivative for the student (create_graph=True). Take that of the other "
+        "terms alone."
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(said)}$"):
+        torch.autograd.grad(first_logit()(s, torch.randn(8, C)), s, create_graph=True)
+
+
 def test_update_moves_parameters_and_buffers_and_leaves_no_gradient():
     discriminator = nn.Sequential(nn.Linear(C, 8), nn.BatchNorm1d(8), MLPDiscriminator(8, spectral_norm=True))
     loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
@@ -496,23 +517,33 @@ def test_alpha_out_of_range_in_a_later_epoch_changes_nothing():
 
 def test_an_epoch_without_an_update_is_warned_of():
     loss = progressive()
-    with pytest.warns(UserWarning, match="nothing was written since the last time"):
+    said = re.escape(
+        "`advance_epoch` was called, but nothing was written since the last time: call `update(student_logits, index=index)` "
+        "in every training step."
+    )
+    with pytest.warns(UserWarning, match=f"^{said}$"):
         loss.advance_epoch()
     loss.update(torch.randn(2, C), index=torch.tensor([1, 2]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss.advance_epoch()
         loss.advance_epoch(2)  # there already
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        loss.advance_epoch()
 
 
 def test_updates_without_an_epoch_are_warned_of_once():
     loss = progressive()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(8):
+        for step in range(8):
             loss.update(torch.randn(N, C), index=torch.arange(N))
-    assert len(caught) == 1
-    assert "since the last `advance_epoch`" in str(caught[0].message)
+            assert len(caught) == (step >= 4)  # four epochs of rows may go by
+    assert caught[0].category is UserWarning
+    assert str(caught[0].message) == (
+        "`update` has seen 80 rows of a store of 16 since the last `advance_epoch`. Call `advance_epoch()` after each epoch: "
+        "alpha waits for it, and so do other ranks."
+    )
 
 
 def test_without_ids_and_for_blended_inputs_nothing_is_written():
