@@ -72,6 +72,11 @@ class Wrapper:
         self.optimizer = optimizer
 
 
+class OtherWrapper:
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -291,6 +296,12 @@ SETTINGS = [
         TypeError,
         "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got Wrapper. Keep the discriminator's "
         "optimizer out of the framework and pass it as it is.",
+    ),
+    (
+        lambda w: adversarial(optimizer=OtherWrapper(torch.optim.SGD([w.s], lr=1.0))),
+        TypeError,
+        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got OtherWrapper. Keep the"
+        " discriminator's optimizer out of the framework and pass it as it is.",
     ),
     (lambda w: adversarial(optimizer="adam"), TypeError, "`optimizer` must be a torch optimizer; got 'adam'."),
     (
@@ -748,6 +759,11 @@ TENSORS = [
         lambda w: LossStack({"kd": w.kd})(student_logits=w.s, teacher_logits=w.t, masks=w.mask),
         TypeError,
         "No term uses `masks`; the terms kd use index, mask, student_logits, target, teacher_logits.",
+    ),
+    (
+        lambda w: LossStack({"a": w.kd, "b": w.kd})(student_logits=w.s, teacher_logits=w.t, masks=w.mask),
+        TypeError,
+        "No term uses `masks`; the terms a, b use index, mask, student_logits, target, teacher_logits.",
     ),
     (lambda w: LossStack({"kd": w.kd})(), TypeError, "Term 'kd' needs `student_logits`; got nothing. Pass it by name"),
     (lambda w: w.method.update(**w.all, masks=w.mask), TypeError, "masks"),

@@ -157,6 +157,36 @@ def test_terms_that_are_worked_out_together_and_others_are_what_they_are_alone(g
     torch.testing.assert_close(total, expected, check_dtype=False)
 
 
+def test_a_stack_of_torchs_own_losses_alone_is_their_sum(given):
+    s, y = given["student_logits"], given["target"]
+    total, _ = LossStack({"ce": nn.CrossEntropyLoss(), "margin": nn.MultiMarginLoss()}, weights={"margin": 2.0})(
+        **given
+    )
+    expected = nn.functional.cross_entropy(s, y) + 2.0 * nn.functional.multi_margin_loss(s, y)
+    torch.testing.assert_close(total, expected)
+
+
+def test_without_ids_nothing_has_history_and_nothing_is_written(given):
+    store = CachedTargets(N, C)
+    store.write(torch.arange(N), torch.full((N, C), 1 / C))
+    before = store.rows.clone()
+    stack = LossStack({"progressive": ProgressiveKD(store)})
+    _, values = stack(**{**given, "index": None})
+    expected = nn.functional.cross_entropy(given["student_logits"], given["target"])
+    torch.testing.assert_close(values["progressive"], expected)
+    stack.update(**{**given, "index": None})
+    assert torch.equal(store.rows, before)
+
+
+def test_the_epoch_and_the_weights_are_numbers_whatever_the_default_device():
+    with torch.device("meta"):
+        stack = LossStack({"progressive": ProgressiveKD(CachedTargets(N, C, device="cpu")), "kd": DeterministicKD()})
+        stack.update(student_logits=torch.randn(N, C, device="cpu"), index=torch.arange(N, device="cpu"))
+        stack.advance_epoch()
+    assert int(stack.epoch) == int(stack.terms["progressive"].epoch) == 1
+    assert float(stack.terms["progressive"].alpha) == 0.5
+
+
 def test_a_shared_store_advances_once(given):
     class Counting(CachedTargets):
         advances = 0

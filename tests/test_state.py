@@ -22,6 +22,7 @@ from aikd_losses import (
     DeterministicKD,
     EMATargets,
     FrozenTeacher,
+    GradientPenalty,
     LinearRamp,
     MLPDiscriminator,
     ProgressiveKD,
@@ -350,6 +351,25 @@ def test_the_students_loss_leaves_neither_gradient_nor_buffer_on_the_discriminat
     assert t.grad is None
 
 
+def test_a_discriminators_penalty_leaves_its_buffers_as_they_are():
+    discriminator = MLPDiscriminator(C, spectral_norm=True)
+    loss = AdversarialDistributionLoss(discriminator, penalty=GradientPenalty(10.0))
+    buffers = copy.deepcopy(dict(discriminator.named_buffers()))
+    loss.discriminator_loss(*torch.randn(2, 8, C))
+    assert buffers
+    assert same(buffers, dict(discriminator.named_buffers()))
+
+
+def test_what_a_mask_hides_of_the_teacher_is_not_shown_by_a_paired_objective():
+    loss = AdversarialDistributionLoss(MLPDiscriminator(C), objective="relativistic")
+    s, t, mask = torch.randn(8, C, requires_grad=True), torch.randn(8, C), torch.arange(8) < 6
+    t[7] = torch.nan
+    value = loss(s, t, mask=mask)
+    torch.testing.assert_close(value, loss(s[:6], t[:6]))
+    value.backward()
+    assert s.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_students_gradient_is_that_of_the_loss_times_what_comes_from_above(reduction):
     loss = first_logit(reduction=reduction)  # of which the student minimises minus the first logit
@@ -478,6 +498,8 @@ def test_a_discriminator_may_be_conditional():
     expected = F.softplus(-discriminator(s.softmax(-1), y))[:6].mean()
     torch.testing.assert_close(loss(s, t, mask=mask, condition=masked), expected)
     torch.testing.assert_close(loss.student_loss(s, t, mask=mask, condition=masked), expected)
+    each = AdversarialDistributionLoss(discriminator, reduction="none")
+    torch.testing.assert_close(each(s, t, condition=y), F.softplus(-discriminator(s.softmax(-1), y)).flatten())
     loss.penalty = lambda score, teacher, student: 3 * score(teacher)
     of_teacher, of_student = discriminator(t.softmax(-1), y)[:6], discriminator(s.softmax(-1), y)[:6]
     expected = (F.softplus(-of_teacher) + F.softplus(of_student) + 3 * of_teacher).mean()
