@@ -20,7 +20,9 @@ from mutmut.runners.harness import PytestRunner
 from mutmut.state import state
 from mutmut.utils.file_utils import change_cwd
 
-SLOW = 0.3  # seconds; such tests come last
+SLOW = 0.3  # seconds; such tests are for what few tests call
+CASES = 3  # of a test, of those that call what was changed
+FEW = 40
 CALLED = tempfile.TemporaryDirectory()
 torch.manual_seed = torch.default_generator.manual_seed  # the CPU's alone: a third of the time of a test otherwise
 _items: dict[str, pytest.Item] = {}  # collected once, for all mutants
@@ -42,12 +44,14 @@ def _run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[s
     if not _items.keys() >= set(tests):
         return 35  # suspicious
     tests, turns, ordered = list(tests), Counter(), []
-    few = sum("test_messages" in name for name in tests) <= 40
+    refusals = sum("test_messages" in name for name in tests)
     for name in tests:
         turns[name.partition("[")[0]] += 1
-        turn = 0 if few and "test_messages" in name else turns[name.partition("[")[0]]
-        turn += 1000 * (state().duration_by_test[name] > SLOW)
-        ordered.append((turn, len(ordered), name))
+        turn = turns[name.partition("[")[0]]
+        if "test_messages" in name:
+            ordered.append((turn if refusals > FEW else 0, len(ordered), name))
+        elif turn <= CASES and (len(tests) <= FEW or state().duration_by_test[name] <= SLOW):
+            ordered.append((turn, len(ordered), name))
     with change_cwd("mutants"):
         for *_, name in sorted(ordered):
             _resume(_items[name].config)
