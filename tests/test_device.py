@@ -79,6 +79,8 @@ def test_every_store_is_read_and_written_without_reading_the_device(tensors, sto
     loss.update(tensors["student_logits"], index=tensors["index"], mask=tensors["mask"])
     blended = loss(tensors["student_logits"], index=tensors["index"], partner_index=tensors["index"], mix_lambda=0.3)
     assert blended.is_meta
+    here = ProgressiveKD(CachedTargets(20, C, device="cpu"))
+    assert here(tensors["student_logits"], tensors["target"], index=torch.arange(N)).is_meta  # rows that travel
     without_ids = loss(tensors["student_logits"], tensors["target"], index=None, mask=tensors["mask"])
     assert without_ids.is_meta
 

@@ -156,7 +156,9 @@ def test_the_repr_of_every_module_shows_its_settings():
         AdversarialDistributionLoss(discriminator, objective="hinge", optimizer=adam): (
             "discriminator=MLPDiscriminator, objective='hinge', inputs='probs', temperature=1.0, penalty=None, optimizer=Adam"
         ),
+        DeterministicKD(beta=0.3): "temperature=4.0, divergence='forward_kl', reduction='mean'",
         FrozenTeacher(nn.Linear(2, 3)): "FrozenTeacher(Linear, save=False)",
+        FrozenTeacher(nn.Linear(2, 3), save=True): "FrozenTeacher(Linear, save=True)",
         LossStack({"kd": DeterministicKD()}, weights={"kd": 0.3}): "weights={'kd': 0.3}",
         AIKDLoss(5, 3, 7): "alpha=LinearRamp(end=0.8, num_epochs=7)",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 
@@ -81,6 +82,16 @@ def test_a_teacher_of_another_precision_is_widened_and_not_the_student_narrowed(
     torch.testing.assert_close(with_gradient(lambda x: deterministic_kd(x, t), s), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")]
+)
+def test_the_value_of_narrow_logits_is_float32_whatever_the_others_are(student, teacher):
+    s, t = torch.randn(5, 4).to(getattr(torch, student)), torch.randn(5, 4).to(getattr(torch, teacher))
+    value = deterministic_kd(s, t)
+    torch.testing.assert_close(value, deterministic_kd(s.float(), t.float()))
+    assert value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("classes", [5, 40])
 @pytest.mark.parametrize("form", ["direct", "near", "careful"])
 def test_every_form_of_the_sum_is_the_same(form, classes, monkeypatch):
@@ -133,6 +144,31 @@ def test_functional_transforms_see_the_same_loss():
     torch.testing.assert_close(slopes, torch.stack([slope for _, slope in rows]), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, "each"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_transform_sees_what_the_loops_give(kind, alpha, masked):
+    """In a dense layout, `(2, C, 3)`: a row of logits a position."""
+    s, previous = torch.randn(2, 4, 3), torch.randn(2, 4, 3).softmax(1)
+    known = torch.tensor([[True, False, True], [True, True, False]])
+    mask = torch.tensor([[True, True, True], [False, True, False]])
+    target = {"labels": torch.randint(4, (2, 3)), "probabilities": torch.randn(2, 4, 3).softmax(1), "none": None}[kind]
+    shares = torch.tensor([[0.0, 0.3, 1.0], [0.7, 0.5, 0.2]])
+    values = []
+    for i, j in mask.nonzero().tolist() if masked else torch.ones(2, 3).nonzero().tolist():
+        y = None if target is None else target[i, j].item() if kind == "labels" else target[i, :, j].tolist()
+        row = previous[i, :, j].tolist() if known[i, j] else None
+        a = shares[i, j].item() if alpha == "each" else alpha
+        values.append(reference.progressive(s[i, :, j].tolist(), row, y, a, 2.0))
+    if kind == "labels" and masked:
+        target = target.masked_fill(~mask, -100)
+    given = {"known": known, "alpha": shares if alpha == "each" else alpha, "temperature": 2.0, "class_dim": 1}
+    given |= {"mask": mask} if masked else {}
+    slope, value = torch.func.grad_and_value(lambda x: progressive_kd(x, previous, target, **given))(s)
+    assert value.item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    torch.testing.assert_close(slope, with_gradient(lambda x: progressive_kd(x, previous, target, **given), s)[1])
+
+
 @pytest.mark.parametrize("learned", ["alpha", "target"])
 def test_a_gradient_for_alpha_or_a_soft_target_is_not_lost(learned):
     s, previous = torch.randn(3, 4), torch.randn(3, 4).softmax(-1)
@@ -178,19 +214,23 @@ def test_classes_that_the_teacher_all_but_excludes_still_count(gap):
     )  # as near to 1 as log_softmax adds up many small
 
 
+@pytest.mark.parametrize("transformed", [False, True])
 @pytest.mark.parametrize("form", ["number", "tensor", "a tensor each"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperature, form):
+def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperature, form, transformed):
+    def with_gradient_so(loss, s):
+        return torch.func.grad_and_value(loss)(s)[::-1] if transformed else with_gradient(loss, s)
+
     s, p = torch.tensor([[1.0, 0.0, -math.inf]]), torch.tensor([[0.4, 0.4, 0.2]])
     alike = {"number": float, "tensor": torch.tensor, "a tensor each": lambda a: torch.tensor([a])}[form]
-    value, slope = with_gradient(
+    value, slope = with_gradient_so(
         lambda x: progressive_kd(x, p, torch.tensor([0]), alpha=alike(0.0), temperature=temperature), s
     )
     torch.testing.assert_close(value, F.cross_entropy(s, torch.tensor([0])))
     assert slope.isfinite().all()
     p = torch.tensor([[0.4, 0.6, 0.0]])
     loss = {"alpha": alike(1.0), "temperature": temperature}
-    value, slope = with_gradient(lambda x: progressive_kd(x, p, torch.tensor([2]), **loss), s)
+    value, slope = with_gradient_so(lambda x: progressive_kd(x, p, torch.tensor([2]), **loss), s)
     torch.testing.assert_close(value, progressive_kd(s, p, **loss))
     assert slope.isfinite().all()
 
