@@ -21,8 +21,8 @@ from mutmut.state import state
 from mutmut.utils.file_utils import change_cwd
 
 SLOW = 0.3  # seconds; such tests are for what few tests call
-CASES = 3  # of a test, of those that call what was changed
-FEW = 40
+CASES = 3  # of a test, for what many tests call
+FEW, MANY = 40, 250
 CALLED = tempfile.TemporaryDirectory()
 torch.manual_seed = torch.default_generator.manual_seed  # the CPU's alone: a third of the time of a test otherwise
 _items: dict[str, pytest.Item] = {}  # collected once, for all mutants
@@ -50,7 +50,7 @@ def _run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[s
         turn = turns[name.partition("[")[0]]
         if "test_messages" in name:
             ordered.append((turn if refusals > FEW else 0, len(ordered), name))
-        elif turn <= CASES and (len(tests) <= FEW or state().duration_by_test[name] <= SLOW):
+        elif (turn <= CASES or len(tests) <= MANY) and (len(tests) <= FEW or state().duration_by_test[name] <= SLOW):
             ordered.append((turn, len(ordered), name))
     with change_cwd("mutants"):
         for *_, name in sorted(ordered):

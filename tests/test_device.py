@@ -19,6 +19,7 @@ from aikd_losses import (
     ProgressiveKD,
     ZeroCenteredPenalty,
 )
+from aikd_losses.functional import progressive_kd
 
 META = torch.device("meta")
 N, C = 6, 5
@@ -61,6 +62,14 @@ def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, maske
     total.backward()
     tensors.pop("target")
     criterion.update(**tensors)
+
+
+def test_an_alpha_on_the_device_is_not_read(tensors):
+    s, p = tensors["student_logits"], tensors["teacher_logits"].softmax(-1)
+    for alpha in (torch.tensor(0.5, device=META), torch.rand(N, device=META)):
+        assert progressive_kd(s, p, tensors["target"], alpha=alpha).is_meta
+    nothing = progressive_kd(torch.zeros(0, C), torch.zeros(0, C), alpha=torch.zeros(0))
+    assert nothing == 0
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])

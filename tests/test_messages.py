@@ -348,6 +348,7 @@ SETTINGS = [
         "progressive teacher (docs/guide.md).",
     ),
     (lambda w: IndexedDataset(iter([1])), TypeError, "`dataset` must have __getitem__ and __len__; got list_iterator."),
+    (lambda w: IndexedDataset({1, 2}), TypeError, "`dataset` must have __getitem__ and __len__; got set."),
     (
         lambda w: IndexedDataset([{"index": 7}])[0],
         ValueError,

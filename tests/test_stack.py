@@ -339,3 +339,10 @@ def test_a_batch_fetch_of_the_data_set_is_used():
             return [(i * 10,) for i in indices]
 
     assert IndexedDataset(Batched()).__getitems__([3, -4]) == [(30, 3), (0, 0)]
+
+    class Lossy(Batched):
+        def __getitems__(self, indices):
+            return super().__getitems__(indices)[1:]
+
+    with pytest.raises(ValueError, match="zip"):
+        IndexedDataset(Lossy()).__getitems__([3, 1])

@@ -20,6 +20,7 @@ from aikd_losses import (
     MLPDiscriminator,
     ProgressiveKD,
 )
+from aikd_losses.discriminators import SpectralLinear
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "js"]
 OBJECTIVES = list(reference.STUDENT)
@@ -310,3 +311,29 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     value.backward()
     expected.backward()
     torch.testing.assert_close(s.grad, x.grad.to(dtype))
+
+
+def test_a_spectral_layer_is_a_linear_one_with_its_weight_over_its_largest_singular_value():
+    layer = SpectralLinear(4, 3)
+    with torch.no_grad():
+        layer.weight.mul_(7)
+        for _ in range(200):
+            layer(torch.zeros(1, 4))  # every training forward is a step of the estimate
+    x, left = torch.randn(5, 4), layer.left.clone()
+    expected = x @ (layer.weight / torch.linalg.matrix_norm(layer.weight, 2)).T + layer.bias
+    assert_close(layer(x), expected)
+    layer.eval()
+    left.copy_(layer.left)
+    assert_close(layer(x), expected)
+    with torch.no_grad():
+        layer.weight[0] += 1
+    layer(x)
+    assert torch.equal(layer.left, left)  # which evaluation leaves as it is
+
+
+def test_a_new_spectral_layer_starts_from_a_good_estimate():
+    torch.manual_seed(3)
+    for _ in range(5):
+        layer = SpectralLinear(4, 3).eval()
+        slope = layer(torch.eye(4)) - layer(torch.zeros(1, 4))
+        assert torch.linalg.matrix_norm(slope, 2) == pytest.approx(1.0, abs=0.02)
