@@ -93,6 +93,12 @@ def test_a_second_derivative_is_refused_and_a_transform_gets_the_plain_compositi
     (slope,) = torch.autograd.grad(linear_deterministic_kd(**tensors), weight)
     found = torch.func.grad(lambda w: linear_deterministic_kd(**{**tensors, "student_weight": w}))(weight.detach())
     torch.testing.assert_close(found, slope)
+    given = {"temperature": 3.0, "mask": torch.arange(15).view(POSITIONS) % 4 != 1, "reduction": "sum"}
+    _, value = torch.func.grad_and_value(
+        lambda w: linear_deterministic_kd(**{**tensors, "student_weight": w}, **given)
+    )(weight.detach())
+    torch.testing.assert_close(value, usual(tensors, **given).detach())
+    torch.testing.assert_close(linear_deterministic_kd(**tensors), usual(tensors, 4.0, None, "mean"))  # the default
 
 
 def no_matrix(side, weight, hidden):

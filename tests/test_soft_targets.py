@@ -415,3 +415,30 @@ def test_a_share_a_row_has_the_precision_of_the_logits(dtype):
     found = progressive_kd(s, previous, target, alpha=0.3, known=known, reduction="none")
     share = 0.3 * known.to(dtype)
     torch.testing.assert_close(found, (1 - share) * plain + share * soft)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_the_function_hands_all_its_settings_on(divergence):
+    s, t, mask = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 2 == 0
+    rows = [
+        reference.deterministic(divergence, s[i].tolist(), t[i].tolist(), 2.0, beta=0.3)
+        for i in mask.nonzero().flatten()
+    ]
+    t[1] = torch.nan  # where the mask hides it
+    given = {"temperature": 2.0, "divergence": divergence, "beta": 0.3, "mask": mask, "reduction": "sum"}
+    assert deterministic_kd(s, t, **given, class_dim=1).item() == pytest.approx(sum(rows), rel=1e-4)
+    with pytest.raises(ValueError, match="`mask` must have the shape"):
+        deterministic_kd(s, t, **{**given, "mask": mask[:4]})
+
+
+def test_a_label_out_of_range_and_a_mask_that_does_not_fit_are_refused_for_a_learned_alpha_too():
+    s, previous, y = torch.randn(3, 4), torch.randn(3, 4).softmax(-1), torch.tensor([0, 4, 1])
+    alpha, mask = torch.tensor(0.5, requires_grad=True), torch.tensor([True, False, True])
+    with pytest.raises(
+        IndexError, match=r"`target` must be in 0..3 \(the number of classes is 4\); got values in 0..4"
+    ):
+        progressive_kd(s, previous, y, alpha=alpha)
+    value = progressive_kd(s, previous, y, alpha=alpha, mask=mask)
+    torch.testing.assert_close(value, progressive_kd(s[mask], previous[mask], y[mask], alpha=alpha))
+    with pytest.raises(ValueError, match="`mask` must have the shape"):
+        progressive_kd(s, previous, alpha=alpha, mask=mask[:2])
