@@ -24,6 +24,7 @@ from aikd_losses import (
     FrozenTeacher,
     GradientPenalty,
     LinearRamp,
+    LossStack,
     MLPDiscriminator,
     ProgressiveKD,
 )
@@ -566,6 +567,20 @@ def test_updates_without_an_epoch_are_warned_of_once():
         "`update` has seen 80 rows of a store of 16 since the last `advance_epoch`. Call `advance_epoch()` after each epoch: "
         "alpha waits for it, and so do other ranks."
     )
+
+
+@pytest.mark.parametrize("build", [lambda loss: loss, lambda loss: LossStack({"progressive": loss})])
+def test_a_warning_names_the_line_of_its_caller(build):
+    loss, given = build(progressive()), {"student_logits": torch.randn(N, C), "index": torch.arange(N)}
+    for _ in range(4):
+        loss.update(**given)
+    with pytest.warns(UserWarning, match="since the last `advance_epoch`") as caught:
+        loss.update(**given)
+    assert [warning.filename for warning in caught] == [__file__]
+    loss = build(progressive())
+    with pytest.warns(UserWarning, match="nothing was written") as caught:
+        loss.advance_epoch()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_without_ids_and_for_blended_inputs_nothing_is_written():
