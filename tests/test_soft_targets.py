@@ -442,3 +442,31 @@ def test_a_label_out_of_range_and_a_mask_that_does_not_fit_are_refused_for_a_lea
     torch.testing.assert_close(value, progressive_kd(s[mask], previous[mask], y[mask], alpha=alpha))
     with pytest.raises(ValueError, match="`mask` must have the shape"):
         progressive_kd(s, previous, alpha=alpha, mask=mask[:2])
+
+
+@pytest.mark.parametrize("kind", ["kd", "labels", "probabilities", "none"])
+@pytest.mark.parametrize("alpha", ["one", "each"])
+def test_the_gradient_that_is_differentiated_once_more_is_the_gradient_and_so_is_its_own(way, kind, alpha):
+    """Both against the composition of torch's functions."""
+    s, t, y = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 4).double(), torch.arange(5) % 4
+    a = torch.rand(5).double() if alpha == "each" else torch.tensor(0.3).double()
+    target = {"labels": y, "probabilities": torch.randn(5, 4).double().softmax(-1)}.get(kind)
+    row = t.softmax(-1)
+
+    def cross_entropy(p, temperature):
+        return -(p * (s / temperature).log_softmax(-1)).sum(-1)
+
+    if kind == "kd":
+        ours, theirs = deterministic_kd(s, t, temperature=3.0), usual(s, t, 3.0)
+    else:
+        ours = progressive_kd(s, row, target, alpha=a, temperature=3.0)
+        theirs = a * 9 * cross_entropy(row, 3.0)
+        if target is not None:
+            theirs = theirs + (1 - a) * cross_entropy(F.one_hot(y, 4) if kind == "labels" else target, 1.0)
+        theirs = theirs.mean()
+    (slope,) = torch.autograd.grad(ours, s, create_graph=True)
+    (expected,) = torch.autograd.grad(theirs, s, create_graph=True)
+    torch.testing.assert_close(slope, expected)
+    along = torch.randn(5, 4).double()
+    (curvature,) = torch.autograd.grad((slope * along).sum(), s)
+    torch.testing.assert_close(curvature, torch.autograd.grad((expected * along).sum(), s)[0])

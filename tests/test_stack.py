@@ -249,6 +249,34 @@ def test_the_method_is_its_three_terms_with_the_stated_defaults(given):
     )
 
 
+class Labelled(nn.Module):
+    """A discriminator with a condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.label = nn.Linear(C, 1), nn.Embedding(C, 1)
+
+    def forward(self, x, condition):
+        return self.score(x) + self.label(condition)
+
+
+def test_the_method_hands_on_whatever_its_terms_take(given):
+    method = AIKDLoss(N, C, num_epochs=4, discriminator=Labelled(), penalty=None)
+    method.terms["progressive"].targets.write(given["index"], torch.randn(N, C).softmax(-1))
+    given |= {"mask": torch.arange(N) < 4, "condition": given["target"]}
+    for blended in ({}, {"partner_index": given["index"].flip(0), "mix_lambda": 0.3}):
+        s, t, y, index, mask, condition = given.values()
+        expected = {
+            "progressive": method.terms["progressive"](s, y, index=index, mask=mask, **blended),
+            "deterministic": method.terms["deterministic"](s, t, mask=mask),
+            "adversarial": method.terms["adversarial"](s, t, mask=mask, condition=condition).detach(),
+        }
+        total, values = method(**given, **blended)
+        torch.testing.assert_close(values, expected)
+        expected_total = sum(method.weights[name] * value for name, value in expected.items())
+        torch.testing.assert_close(total, expected_total, check_dtype=False)
+
+
 def test_the_loop_of_the_design_learns():
     """A separable problem: the student fits it, and its loss falls, with all three terms at work."""
     torch.manual_seed(1)
