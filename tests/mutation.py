@@ -21,7 +21,7 @@ from mutmut.state import state
 from mutmut.utils.file_utils import change_cwd
 
 SLOW = 0.3  # seconds; such tests are for what few tests call
-CASES = 2  # of a test, for what many tests call
+CASES = 3  # of a test, for what many tests call
 FEW, MANY = 40, 250
 CALLED = tempfile.TemporaryDirectory()
 torch.manual_seed = torch.default_generator.manual_seed  # the CPU's alone: a third of the time of a test otherwise
