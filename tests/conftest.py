@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+collect_ignore = ["mutation.py"]  # a plugin, which needs mutmut
+
 settings.register_profile(
     "default",
     deadline=None,
