@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark coverage soak check lint types wheel clean
+.PHONY: test example example-seeds benchmark coverage soak mutants check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -28,6 +28,11 @@ coverage: .venv/ready        ## every line and branch of src/ is run by a test, 
 soak: .venv/ready            ## long runs, kills, a store for ImageNet at full size; writes benchmarks/results/
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
+mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut; about an hour; writes benchmarks/results/
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(ARGS)
+	$(BIN)/python benchmarks/mutation.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +51,4 @@ wheel: .venv/ready           ## build, then install into a clean environment and
 check: lint types wheel
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs mutants

@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+
+collect_ignore = ["mutation.py"]  # a plugin, which needs mutmut
 
 settings.register_profile(
     "default",
@@ -12,6 +14,14 @@ settings.register_profile(
     max_examples=50,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(  # a mutant is killed by any example: the smallest one is not looked for
+    "mutation",
+    settings.get_profile("default"),
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
 )
 settings.load_profile("default")
 

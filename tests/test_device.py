@@ -19,6 +19,7 @@ from aikd_losses import (
     ProgressiveKD,
     ZeroCenteredPenalty,
 )
+from aikd_losses.functional import progressive_kd
 
 META = torch.device("meta")
 N, C = 6, 5
@@ -63,6 +64,14 @@ def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, maske
     criterion.update(**tensors)
 
 
+def test_an_alpha_on_the_device_is_not_read(tensors):
+    s, p = tensors["student_logits"], tensors["teacher_logits"].softmax(-1)
+    for alpha in (torch.tensor(0.5, device=META), torch.rand(N, device=META)):
+        assert progressive_kd(s, p, tensors["target"], alpha=alpha).is_meta
+    nothing = progressive_kd(torch.zeros(0, C), torch.zeros(0, C), alpha=torch.zeros(0))
+    assert nothing == 0
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 def test_every_divergence_reads_nothing_from_the_device(tensors, divergence):
     loss = DeterministicKD(divergence=divergence)
@@ -80,6 +89,10 @@ def test_every_store_is_read_and_written_without_reading_the_device(tensors, sto
     store.write(tensors["index"], torch.rand(N, C, device=META))  # the caller vouches for what cannot be looked at
     blended = loss(tensors["student_logits"], index=tensors["index"], partner_index=tensors["index"], mix_lambda=0.3)
     assert blended.is_meta
+    here = ProgressiveKD(CachedTargets(20, C, device="cpu"))
+    assert here(tensors["student_logits"], tensors["target"], index=torch.arange(N)).is_meta  # rows that travel
+    without_ids = loss(tensors["student_logits"], tensors["target"], index=None, mask=tensors["mask"])
+    assert without_ids.is_meta
 
 
 def test_rows_of_a_store_elsewhere_travel_to_the_logits(tensors):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,10 @@ from aikd_losses import _linear
 from aikd_losses.functional import linear_deterministic_kd
 
 POSITIONS, C = (3, 5), 11
+NO_SECOND = (
+    "`linear_deterministic_kd` has no second derivative (create_graph=True). Use `deterministic_kd` on the logits."
+)
+TEACHER = {"teacher_hidden": (*POSITIONS, 6), "teacher_weight": (C, 6), "teacher_bias": (C,)}
 
 
 @pytest.fixture(params=["whole", "blocks"], autouse=True)
@@ -82,34 +88,77 @@ def test_half_precision_and_autocast_compute_in_float32(tensors):
 def test_a_second_derivative_is_refused_and_a_transform_gets_the_plain_composition(tensors):
     weight = tensors["student_weight"]
     value = linear_deterministic_kd(**tensors)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(NO_SECOND)}$"):
         torch.autograd.grad(value, weight, create_graph=True)
     (slope,) = torch.autograd.grad(linear_deterministic_kd(**tensors), weight)
     found = torch.func.grad(lambda w: linear_deterministic_kd(**{**tensors, "student_weight": w}))(weight.detach())
     torch.testing.assert_close(found, slope)
+    given = {"temperature": 3.0, "mask": torch.arange(15).view(POSITIONS) % 4 != 1, "reduction": "sum"}
+    _, value = torch.func.grad_and_value(
+        lambda w: linear_deterministic_kd(**{**tensors, "student_weight": w}, **given)
+    )(weight.detach())
+    torch.testing.assert_close(value, usual(tensors, **given).detach())
+    torch.testing.assert_close(linear_deterministic_kd(**tensors), usual(tensors, 4.0, None, "mean"))  # the default
+
+
+def no_matrix(side, weight, hidden):
+    wanted = f"(C, D) with at least 2 classes for `{side}_hidden` of shape (*, D)"
+    return f"`{side}_weight` must be {wanted}; got {weight} and {hidden}."
 
 
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"student_weight": torch.randn(C, 5)}, ValueError, r"`student_weight` must be \(C, D\)"),
-        ({"student_bias": torch.randn(3)}, ValueError, r"`student_bias` must have the shape \(11,\)"),
+        ({"student_weight": torch.randn(C, 5)}, ValueError, no_matrix("student", (C, 5), (3, 5, 4))),
+        ({"student_weight": torch.randn(C, 4, 4)}, ValueError, no_matrix("student", (C, 4, 4), (3, 5, 4))),
+        ({"student_weight": torch.randn(1, 4)}, ValueError, no_matrix("student", (1, 4), (3, 5, 4))),
+        ({"teacher_hidden": torch.randn(6)}, ValueError, no_matrix("teacher", (C, 6), (6,))),
+        ({"student_bias": torch.randn(3)}, ValueError, "`student_bias` must have the shape (11,); got (3,)."),
         (
             {"teacher_weight": torch.randn(9, 6), "teacher_bias": None},
             ValueError,
-            r"`teacher_weight` must have the classes",
+            "`teacher_weight` must have the classes of the student, (11,); got (9,).",
         ),
-        ({"teacher_hidden": torch.randn(3, 4, 6)}, ValueError, r"`teacher_hidden` must have the positions"),
-        ({"teacher_hidden": torch.ones(3, 5, 6).long()}, TypeError, r"`teacher_hidden` must be floating point"),
-        ({"student_hidden": None}, TypeError, r"`student_hidden` must be a torch.Tensor"),
-        ({"reduction": "none"}, ValueError, r"`reduction` must be one of 'mean', 'sum'"),
-        ({"temperature": 0.0}, ValueError, r"`temperature` must be"),
-        ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"`mask` must have the shape"),
+        (
+            {"teacher_hidden": torch.randn(3, 4, 6)},
+            ValueError,
+            "`teacher_hidden` must have the positions of the student, (3, 5); got (3, 4).",
+        ),
+        (
+            {"teacher_hidden": torch.ones(3, 5, 6).long()},
+            TypeError,
+            "`teacher_hidden` must be floating point; got torch.int64.",
+        ),
+        ({"student_hidden": None}, TypeError, "`student_hidden` must be a torch.Tensor; got NoneType."),
+        ({"student_weight": [1.0]}, TypeError, "`student_weight` must be a torch.Tensor; got list."),
+        ({"teacher_bias": 0.0}, TypeError, "`teacher_bias` must be a torch.Tensor; got float."),
+        (
+            {"student_bias": torch.randn(C, device="meta")},
+            ValueError,
+            "`student_bias` must be on the device of `student_hidden`, cpu; got meta. Move it with `.to('cpu')`.",
+        ),
+        (
+            {name: torch.randn(size, device="meta") for name, size in TEACHER.items()},
+            ValueError,
+            "`teacher_hidden` must be on the device of `student_hidden`, cpu; got meta. Move it with `.to('cpu')`.",
+        ),
+        ({"reduction": "none"}, ValueError, "`reduction` must be one of 'mean', 'sum'; got 'none'."),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be a finite number above 0; got 0.0."),
+        (
+            {"mask": torch.ones(3, dtype=torch.bool)},
+            ValueError,
+            "`mask` must have the shape of `student_logits` without its class axis, (3, 5); got (3,).",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tensors, change, error, sentence):
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=f"^{re.escape(sentence)}$"):
         linear_deterministic_kd(**{**tensors, **change})
+
+
+def test_two_classes_are_enough(tensors):
+    of_two = {name: x if "hidden" in name else x[:2] for name, x in tensors.items()}
+    torch.testing.assert_close(linear_deterministic_kd(**of_two), usual(of_two, 4.0, None, "mean"))
 
 
 def test_the_logits_never_exist_whole(monkeypatch):

@@ -74,6 +74,11 @@ class Wrapper:
         self.optimizer = optimizer
 
 
+class OtherWrapper:
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -186,7 +191,8 @@ SETTINGS = [
     (
         lambda w: DeterministicKD(reduction="batchmean"),
         ValueError,
-        "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed",
+        "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already the mean over "
+        "samples (over positions, where there are several a sample).",
     ),
     (
         lambda w: ProgressiveKD(w.store, reduction="batchmean"),
@@ -264,6 +270,20 @@ SETTINGS = [
         ValueError,
         "`device` must be the CPU for a store in a file (`path`); got meta.",
     ),
+    *(
+        (
+            build,
+            TypeError,
+            "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a DeviceMesh: "
+            "`mesh.get_group('dp')`); got 'dp'.",
+        )
+        for build in (
+            lambda w: CachedTargets(N, C, process_group="dp"),
+            lambda w: EMATargets(N, C, process_group="dp"),
+            lambda w: adversarial(process_group="dp"),
+            lambda w: AIKDLoss(N, C, 4, process_group="dp"),
+        )
+    ),
     # the adversarial term
     (lambda w: AdversarialDistributionLoss(torch.sum), TypeError, "`discriminator` must be an nn.Module (an instance)"),
     (
@@ -301,7 +321,14 @@ SETTINGS = [
     (
         lambda w: adversarial(optimizer=Wrapper(torch.optim.SGD([w.s], lr=1.0))),
         TypeError,
-        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got Wrapper.",
+        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got Wrapper. Keep the discriminator's "
+        "optimizer out of the framework and pass it as it is.",
+    ),
+    (
+        lambda w: adversarial(optimizer=OtherWrapper(torch.optim.SGD([w.s], lr=1.0))),
+        TypeError,
+        "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got OtherWrapper. Keep the"
+        " discriminator's optimizer out of the framework and pass it as it is.",
     ),
     (lambda w: adversarial(optimizer="adam"), TypeError, "`optimizer` must be a torch optimizer; got 'adam'."),
     (
@@ -316,7 +343,8 @@ SETTINGS = [
             optimizer=torch.optim.SGD([*w.adversarial.discriminator.parameters()][1:], lr=1.0),
         ),
         ValueError,
-        "`optimizer` must hold exactly the discriminator's 6 parameters; 5 of them and 0 others are in it.",
+        "`optimizer` must hold exactly the discriminator's 6 parameters; 5 of them and 0 others are in it. Build it from "
+        "`discriminator.parameters()`.",
     ),
     # discriminators, the teacher, ids
     (lambda w: MLPDiscriminator(1), ValueError, "`num_classes` must be at least 2; got 1."),
@@ -343,9 +371,11 @@ SETTINGS = [
     (
         lambda w: IndexedDataset(Stream()),
         TypeError,
-        "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights",
+        "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights as the "
+        "progressive teacher (docs/guide.md).",
     ),
     (lambda w: IndexedDataset(iter([1])), TypeError, "`dataset` must have __getitem__ and __len__; got list_iterator."),
+    (lambda w: IndexedDataset({1, 2}), TypeError, "`dataset` must have __getitem__ and __len__; got set."),
     (
         lambda w: IndexedDataset([{"index": 7}])[0],
         ValueError,
@@ -358,7 +388,8 @@ SETTINGS = [
     (
         lambda w: AIKDLoss(N, C, 4, discriminator=Scores(N)),
         ValueError,
-        "`discriminator` must have parameters, which `update` trains; Scores has none.",
+        "`discriminator` must have parameters, which `update` trains; Scores has none. Put one that is not trained into an "
+        "AdversarialDistributionLoss.",
     ),
     (lambda w: AIKDLoss(0, C, 4), ValueError, "`num_samples` must be at least 1; got 0."),
     (lambda w: AIKDLoss(N, 1, 4), ValueError, "`num_classes` must be at least 2; got 1."),
@@ -394,7 +425,8 @@ SETTINGS = [
         (
             lambda w, loss=loss: LossStack({"x": loss()}),
             TypeError,
-            f"Term 'x' is a {loss.__name__}, which does not take logits.",
+            f"Term 'x' is a {loss.__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD or a "
+            "module of your own.",
         )
         for loss in (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss)
     ),
@@ -572,7 +604,8 @@ TENSORS = [
     (
         lambda w: w.progressive(w.s, nn.functional.one_hot(w.y, C), index=w.i),
         ValueError,
-        "got (4, 3). If it is one-hot, pass `target.argmax(1)`, or `target.float()` for probabilities.",
+        "`target` of class indices must have the shape of `student_logits` without its class axis, (4,); got (4, 3). If it is "
+        "one-hot, pass `target.argmax(1)`, or `target.float()` for probabilities.",
     ),
     (
         lambda w: w.progressive(w.s, w.p[:1], index=w.i),
@@ -616,6 +649,11 @@ TENSORS = [
         lambda w: w.progressive(w.s, w.y, index=w.i, partner_index=w.i + 1, mix_lambda=0.5),
         IndexError,
         "`partner_index` must be in 0..3 (the `num_samples` is 4); got values in 1..4",
+    ),
+    (
+        lambda w: w.progressive(w.s, w.y, index=w.i + 1, partner_index=w.i, mix_lambda=0.5),
+        IndexError,
+        "`index` must be in 0..3 (the `num_samples` is 4); got values in 1..4 (ids count from 0 within the training set).",
     ),
     (
         lambda w: w.progressive(w.s, w.y, index=None, partner_index=w.i),
@@ -665,7 +703,7 @@ TENSORS = [
             (
                 lambda w, n=name: getattr(w, n).read(w.i.int()),
                 TypeError,
-                "`index` must be of type int64; got torch.int32.",
+                "`index` must be of type int64; got torch.int32. Pass `index.long()`.",
             ),
             (lambda w, n=name: getattr(w, n).write(w.i + 1, w.p), IndexError, "`index` must be in 0..3"),
             (
@@ -748,12 +786,18 @@ TENSORS = [
         "`x` must be on the device of the weights, cpu; got meta.",
     ),
     # tensors of which there is no arithmetic, or no values
-    (lambda w: w.kd(w.s, w.t.to_sparse()), TypeError, "`teacher_logits` must be a dense tensor; got torch.sparse_coo."),
+    (
+        lambda w: w.kd(w.s, w.t.to_sparse()),
+        TypeError,
+        "`teacher_logits` must be a dense tensor; got torch.sparse_coo. Pass `teacher_logits.to_dense()`, or padded, with a "
+        "mask.",
+    ),
     (lambda w: w.kd(w.s, w.t, mask=w.mask.to_sparse()), TypeError, "`mask` must be a dense tensor"),
     (
         lambda w: w.kd(torch.nested.as_nested_tensor([w.t], layout=torch.jagged), w.t),
         TypeError,
-        "must be a dense tensor; got a nested tensor.",
+        "`student_logits` must be a dense tensor; got a nested tensor. Pass `student_logits.to_dense()`, or padded, with a "
+        "mask.",
     ),
     (lambda w: w.kd(w.t.to(F8), w.t), TypeError, "`student_logits` must be floating point of 16, 32 or 64 bits; got"),
     (lambda w: w.progressive(w.s, w.y, index=w.i.to("meta")), ValueError, "`index` must have values to be used on cpu"),
@@ -800,7 +844,8 @@ TENSORS = [
     (
         lambda w: w.adversarial.eval().update(w.s, w.t),
         RuntimeError,
-        "`update` must not be called in eval mode: it would train the discriminator on evaluation data.",
+        "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call `.train()` on the "
+        "loss.",
     ),
     (lambda w: w.method.eval().update(**w.all), RuntimeError, "`update` must not be called in eval mode"),
     (
@@ -811,6 +856,7 @@ TENSORS = [
     ),
     (lambda w: w.progressive.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: w.progressive.advance_epoch(1.5), TypeError, "`epoch` must be an integer; got 1.5."),
+    (lambda w: w.method.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: w.method.advance_epoch("2"), TypeError, "`epoch` must be an integer; got '2'."),
     # stacks
     (
@@ -832,24 +878,30 @@ TENSORS = [
     (
         lambda w: LossStack({"kd": w.kd})(student_logits=w.s, teacher_logit=w.t),
         TypeError,
-        "Term 'kd' needs `teacher_logits`; got student_logits, teacher_logit.",
+        "Term 'kd' needs `teacher_logits`; got student_logits, teacher_logit. Pass it by name, or use the `inputs` of the "
+        "stack to rename or withhold it.",
     ),
     (
         lambda w: LossStack({"kd": w.kd})(student_logits=w.s, teacher_logits=w.t, masks=w.mask),
         TypeError,
         "No term uses `masks`; the terms kd use index, mask, student_logits, target, teacher_logits.",
     ),
-    (lambda w: LossStack({"kd": w.kd})(), TypeError, "Term 'kd' needs `student_logits`; got nothing."),
+    (
+        lambda w: LossStack({"a": w.kd, "b": w.kd})(student_logits=w.s, teacher_logits=w.t, masks=w.mask),
+        TypeError,
+        "No term uses `masks`; the terms a, b use index, mask, student_logits, target, teacher_logits.",
+    ),
+    (lambda w: LossStack({"kd": w.kd})(), TypeError, "Term 'kd' needs `student_logits`; got nothing. Pass it by name"),
     (lambda w: w.method.update(**w.all, masks=w.mask), TypeError, "masks"),
     (
         lambda w: LossStack(w.method.terms).update(student_logits=w.s, teacher_logits=w.t),
         TypeError,
-        "Term 'progressive' needs `index`; got student_logits, teacher_logits.",
+        "Term 'progressive' needs `index`; got student_logits, teacher_logits. Pass it by name",
     ),
     (
         lambda w: w.method.update(student_logits=w.s, index=w.i),
         TypeError,
-        "Term 'adversarial' needs `teacher_logits`; got student_logits, index.",
+        "Term 'adversarial' needs `teacher_logits`; got student_logits, index. Pass it by name",
     ),
     (  # the second of the two terms refuses: the first must not have written
         lambda w: w.method.update(**{**w.all, "student_logits": w.s * 2, "teacher_logits": w.t[:1]}),
@@ -869,11 +921,21 @@ TENSORS = [
 ]
 
 
+def assert_said(sentence, caught):
+    """What ends with a full stop is the whole message, and other text its beginning or, after `got`, a part of it."""
+    message = str(caught.value)
+    if sentence.endswith("."):
+        assert message == sentence
+    else:
+        assert message.startswith(sentence) or sentence.startswith(("got", "missing", "masks"))
+
+
 def refused(call, world, error, sentence):
     before = world.state()
     with pytest.raises(error, match=re.escape(sentence)) as caught:
         call(world)
     assert type(caught.value) is error
+    assert_said(sentence, caught)
     after = world.state()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -899,8 +961,9 @@ def test_a_tensor_or_call_that_does_not_fit_is_refused_and_changes_nothing(call,
 @pytest.mark.parametrize(("x", "settings", "error", "sentence"), LOGITS, ids=ids(LOGITS))
 def test_logits_that_are_none_are_refused_by_every_loss(loss, x, settings, error, sentence):
     call = LOSSES[loss](settings)
-    with pytest.raises(error, match=re.escape(sentence)):
+    with pytest.raises(error, match=re.escape(sentence)) as caught:
         call(x)
+    assert_said(sentence, caught)
 
 
 @pytest.mark.parametrize(
@@ -918,19 +981,22 @@ def test_a_refused_store_leaves_no_file(build, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("epoch", [None, 5])
 @pytest.mark.parametrize("wrong", ["weight", "alpha"])
-def test_a_schedule_that_goes_wrong_later_stops_the_whole_stack_where_it_is(wrong):
+def test_a_schedule_that_goes_wrong_later_stops_the_whole_stack_where_it_is(wrong, epoch):
+    to = epoch or 1
+
     def late(epoch):
-        return -1.0 if epoch else 0.5
+        return -1.0 if epoch == to else 0.5
 
     world = World()
     first, second = ProgressiveKD(world.small), ProgressiveKD(world.ema, alpha=late if wrong == "alpha" else 0.5)
     stack = LossStack({"a": first, "b": second}, weights={"b": late if wrong == "weight" else 0.5})
     stack.update(student_logits=world.s, index=world.i)
     before = world.state() | {f"stack.{name}": x.clone() for name, x in stack.state_dict().items()}
-    name = {"weight": "`weights['b'](1)`", "alpha": "`alpha(1)`"}[wrong]
+    name = {"weight": f"`weights['b']({to})`", "alpha": f"`alpha({to})`"}[wrong]
     with pytest.raises(ValueError, match=re.escape(f"{name} must be")):
-        stack.advance_epoch()
+        stack.advance_epoch(epoch)
     after = world.state() | {f"stack.{name}": x for name, x in stack.state_dict().items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,6 +83,16 @@ def test_a_teacher_of_another_precision_is_widened_and_not_the_student_narrowed(
     torch.testing.assert_close(with_gradient(lambda x: deterministic_kd(x, t), s), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")]
+)
+def test_the_value_of_narrow_logits_is_float32_whatever_the_others_are(student, teacher):
+    s, t = torch.randn(5, 4).to(getattr(torch, student)), torch.randn(5, 4).to(getattr(torch, teacher))
+    value = deterministic_kd(s, t)
+    torch.testing.assert_close(value, deterministic_kd(s.float(), t.float()))
+    assert value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("classes", [5, 40])
 @pytest.mark.parametrize("form", ["direct", "near", "careful"])
 def test_every_form_of_the_sum_is_the_same(form, classes, monkeypatch):
@@ -134,21 +145,10 @@ def test_functional_transforms_see_the_same_loss():
     torch.testing.assert_close(slopes, torch.stack([slope for _, slope in rows]), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4, torch.tensor([0.0, 0.3, 1.0, 0.9])], ids=["none", "half", "of-each-row"])
-@pytest.mark.parametrize("target", ["none", "labels", "soft"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_under_a_transform_the_progressive_term_is_the_same(alpha, target, masked):
-    s, previous = torch.randn(4, 3), torch.randn(4, 3).softmax(-1)
-    labels = torch.tensor([2, 0, -100 if masked else 1, 1])  # an ignored label is behind the mask
-    y = {"none": None, "labels": labels, "soft": torch.randn(4, 3).softmax(-1)}[target]
-    settings = dict(alpha=alpha, mask=torch.arange(4) != 2 if masked else None, temperature=2.0)
-    value, slope = with_gradient(lambda x: progressive_kd(x, previous, y, **settings), s)
-    found, there = torch.func.grad_and_value(lambda x: progressive_kd(x, previous, y, **settings))(s)[::-1]
-    torch.testing.assert_close(found, value)
-    torch.testing.assert_close(there, slope)
-    if target == "labels":
-        with pytest.raises(IndexError, match=r"`target` must be"):
-            torch.func.grad(lambda x: progressive_kd(x, previous, labels + 2, **settings))(s)
+def test_under_a_transform_a_label_out_of_range_is_said_in_a_sentence():
+    previous, labels = torch.full((4, 3), 1 / 3), torch.tensor([2, 0, 3, 1])
+    with pytest.raises(IndexError, match=r"`target` must be"):
+        torch.func.grad(lambda x: progressive_kd(x, previous, labels, alpha=0.5))(torch.randn(4, 3))
 
 
 def test_under_a_transform_a_stack_is_the_same():
@@ -187,6 +187,31 @@ def test_without_history_and_labels_there_is_nothing_to_learn(reduction):
     assert value.tolist() == (0.0 if reduction == "mean" else [0.0] * 4)
     value.sum().backward()
     assert not s.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, "each"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_transform_sees_what_the_loops_give(kind, alpha, masked):
+    """In a dense layout, `(2, C, 3)`: a row of logits a position."""
+    s, previous = torch.randn(2, 4, 3), torch.randn(2, 4, 3).softmax(1)
+    known = torch.tensor([[True, False, True], [True, True, False]])
+    mask = torch.tensor([[True, True, True], [False, True, False]])
+    target = {"labels": torch.randint(4, (2, 3)), "probabilities": torch.randn(2, 4, 3).softmax(1), "none": None}[kind]
+    shares = torch.tensor([[0.0, 0.3, 1.0], [0.7, 0.5, 0.2]])
+    values = []
+    for i, j in mask.nonzero().tolist() if masked else torch.ones(2, 3).nonzero().tolist():
+        y = None if target is None else target[i, j].item() if kind == "labels" else target[i, :, j].tolist()
+        row = previous[i, :, j].tolist() if known[i, j] else None
+        a = shares[i, j].item() if alpha == "each" else alpha
+        values.append(reference.progressive(s[i, :, j].tolist(), row, y, a, 2.0))
+    if kind == "labels" and masked:
+        target = target.masked_fill(~mask, -100)
+    given = {"known": known, "alpha": shares if alpha == "each" else alpha, "temperature": 2.0, "class_dim": 1}
+    given |= {"mask": mask} if masked else {}
+    slope, value = torch.func.grad_and_value(lambda x: progressive_kd(x, previous, target, **given))(s)
+    assert value.item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    torch.testing.assert_close(slope, with_gradient(lambda x: progressive_kd(x, previous, target, **given), s)[1])
 
 
 @pytest.mark.parametrize("learned", ["alpha", "target"])
@@ -234,19 +259,23 @@ def test_classes_that_the_teacher_all_but_excludes_still_count(gap):
     )  # as near to 1 as log_softmax adds up many small
 
 
+@pytest.mark.parametrize("transformed", [False, True])
 @pytest.mark.parametrize("form", ["number", "tensor", "a tensor each"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperature, form):
+def test_a_part_without_a_share_counts_nothing_even_if_it_is_infinite(temperature, form, transformed):
+    def with_gradient_so(loss, s):
+        return torch.func.grad_and_value(loss)(s)[::-1] if transformed else with_gradient(loss, s)
+
     s, p = torch.tensor([[1.0, 0.0, -math.inf]]), torch.tensor([[0.4, 0.4, 0.2]])
     alike = {"number": float, "tensor": torch.tensor, "a tensor each": lambda a: torch.tensor([a])}[form]
-    value, slope = with_gradient(
+    value, slope = with_gradient_so(
         lambda x: progressive_kd(x, p, torch.tensor([0]), alpha=alike(0.0), temperature=temperature), s
     )
     torch.testing.assert_close(value, F.cross_entropy(s, torch.tensor([0])))
     assert slope.isfinite().all()
     p = torch.tensor([[0.4, 0.6, 0.0]])
     loss = {"alpha": alike(1.0), "temperature": temperature}
-    value, slope = with_gradient(lambda x: progressive_kd(x, p, torch.tensor([2]), **loss), s)
+    value, slope = with_gradient_so(lambda x: progressive_kd(x, p, torch.tensor([2]), **loss), s)
     torch.testing.assert_close(value, progressive_kd(s, p, **loss))
     assert slope.isfinite().all()
 
@@ -431,3 +460,58 @@ def test_a_share_a_row_has_the_precision_of_the_logits(dtype):
     found = progressive_kd(s, previous, target, alpha=0.3, known=known, reduction="none")
     share = 0.3 * known.to(dtype)
     torch.testing.assert_close(found, (1 - share) * plain + share * soft)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_the_function_hands_all_its_settings_on(divergence):
+    s, t, mask = torch.randn(5, 4), torch.randn(5, 4), torch.arange(5) % 2 == 0
+    rows = [
+        reference.deterministic(divergence, s[i].tolist(), t[i].tolist(), 2.0, beta=0.3)
+        for i in mask.nonzero().flatten()
+    ]
+    t[1] = torch.nan  # where the mask hides it
+    given = {"temperature": 2.0, "divergence": divergence, "beta": 0.3, "mask": mask, "reduction": "sum"}
+    assert deterministic_kd(s, t, **given, class_dim=1).item() == pytest.approx(sum(rows), rel=1e-4)
+    with pytest.raises(ValueError, match="`mask` must have the shape"):
+        deterministic_kd(s, t, **{**given, "mask": mask[:4]})
+
+
+def test_a_label_out_of_range_and_a_mask_that_does_not_fit_are_refused_for_a_learned_alpha_too():
+    s, previous, y = torch.randn(3, 4), torch.randn(3, 4).softmax(-1), torch.tensor([0, 4, 1])
+    alpha, mask = torch.tensor(0.5, requires_grad=True), torch.tensor([True, False, True])
+    with pytest.raises(
+        IndexError, match=r"`target` must be in 0..3 \(the number of classes is 4\); got values in 0..4"
+    ):
+        progressive_kd(s, previous, y, alpha=alpha)
+    value = progressive_kd(s, previous, y, alpha=alpha, mask=mask)
+    torch.testing.assert_close(value, progressive_kd(s[mask], previous[mask], y[mask], alpha=alpha))
+    with pytest.raises(ValueError, match="`mask` must have the shape"):
+        progressive_kd(s, previous, alpha=alpha, mask=mask[:2])
+
+
+@pytest.mark.parametrize("kind", ["kd", "labels", "probabilities", "none"])
+@pytest.mark.parametrize("alpha", ["one", "each"])
+def test_the_gradient_that_is_differentiated_once_more_is_the_gradient_and_so_is_its_own(way, kind, alpha):
+    """Both against the composition of torch's functions."""
+    s, t, y = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 4).double(), torch.arange(5) % 4
+    a = torch.rand(5).double() if alpha == "each" else torch.tensor(0.3).double()
+    target = {"labels": y, "probabilities": torch.randn(5, 4).double().softmax(-1)}.get(kind)
+    row = t.softmax(-1)
+
+    def cross_entropy(p, temperature):
+        return -(p * (s / temperature).log_softmax(-1)).sum(-1)
+
+    if kind == "kd":
+        ours, theirs = deterministic_kd(s, t, temperature=3.0), usual(s, t, 3.0)
+    else:
+        ours = progressive_kd(s, row, target, alpha=a, temperature=3.0)
+        theirs = a * 9 * cross_entropy(row, 3.0)
+        if target is not None:
+            theirs = theirs + (1 - a) * cross_entropy(F.one_hot(y, 4) if kind == "labels" else target, 1.0)
+        theirs = theirs.mean()
+    (slope,) = torch.autograd.grad(ours, s, create_graph=True)
+    (expected,) = torch.autograd.grad(theirs, s, create_graph=True)
+    torch.testing.assert_close(slope, expected)
+    along = torch.randn(5, 4).double()
+    (curvature,) = torch.autograd.grad((slope * along).sum(), s)
+    torch.testing.assert_close(curvature, torch.autograd.grad((expected * along).sum(), s)[0])

@@ -125,6 +125,76 @@ def test_inputs_rename_and_withhold_in_forward_and_update(given):
     torch.testing.assert_close(values["progressive"], entropy)
 
 
+def test_terms_that_are_worked_out_together_and_others_are_what_they_are_alone(given):
+    store = CachedTargets(N, C, dtype=torch.float32)
+    store.write(torch.arange(N), torch.randn(N, C).softmax(-1))
+    terms = {
+        "js": DeterministicKD(divergence="js"),
+        "kd": DeterministicKD(temperature=2.0),
+        "reverse": DeterministicKD(divergence="reverse_kl"),
+        "wide": DeterministicKD(temperature=3.0),
+        "progressive": ProgressiveKD(store, alpha=0.7),
+        "masked": DeterministicKD(temperature=1.0),
+        "other": DeterministicKD(temperature=1.0),
+    }
+    renamed = {
+        **{name: {"mask": None} for name in ("js", "kd", "reverse", "progressive", "other")},
+        "wide": {"mask": None, "teacher_logits": "wide_logits"},
+        "other": {"mask": None, "student_logits": "other_logits"},
+    }
+    weights = {name: 0.5 + i for i, name in enumerate(terms)}
+    s, t, y, index = given.values()
+    mask, partner = torch.arange(N) < 4, torch.arange(N).flip(0)
+    extra = {"wide_logits": torch.randn(N, C).double(), "other_logits": torch.randn(N, C)}
+    values = {
+        "js": terms["js"](s, t),
+        "kd": terms["kd"](s, t),
+        "reverse": terms["reverse"](s, t),
+        "wide": terms["wide"](s, extra["wide_logits"]),
+        "progressive": terms["progressive"](s, y, index=index, partner_index=partner, mix_lambda=0.3),
+        "masked": terms["masked"](s, t, mask=mask),
+        "other": terms["other"](extra["other_logits"], t),
+    }
+    total, found = LossStack(terms, weights=weights, inputs=renamed)(
+        **given, **extra, mask=mask, partner_index=partner, mix_lambda=0.3
+    )
+    assert list(found) == list(terms)
+    for name, value in values.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    expected = sum(weights[name] * value for name, value in values.items())
+    torch.testing.assert_close(total, expected, check_dtype=False)
+
+
+def test_a_stack_of_torchs_own_losses_alone_is_their_sum(given):
+    s, y = given["student_logits"], given["target"]
+    total, _ = LossStack({"ce": nn.CrossEntropyLoss(), "margin": nn.MultiMarginLoss()}, weights={"margin": 2.0})(
+        **given
+    )
+    expected = nn.functional.cross_entropy(s, y) + 2.0 * nn.functional.multi_margin_loss(s, y)
+    torch.testing.assert_close(total, expected)
+
+
+def test_without_ids_nothing_has_history_and_nothing_is_written(given):
+    store = CachedTargets(N, C)
+    store.write(torch.arange(N), torch.full((N, C), 1 / C))
+    before = store.rows.clone()
+    stack = LossStack({"progressive": ProgressiveKD(store)})
+    _, values = stack(**{**given, "index": None})
+    expected = nn.functional.cross_entropy(given["student_logits"], given["target"])
+    torch.testing.assert_close(values["progressive"], expected)
+    stack.update(**{**given, "index": None})
+    assert torch.equal(store.rows, before)
+
+
+def test_the_epoch_and_the_weights_are_numbers_whatever_the_default_device():
+    with torch.device("meta"):
+        stack = LossStack({"progressive": ProgressiveKD(CachedTargets(N, C, device="cpu")), "kd": DeterministicKD()})
+        stack.update(student_logits=torch.randn(N, C, device="cpu"), index=torch.arange(N, device="cpu"))
+        stack.advance_epoch()
+    assert int(stack.epoch) == int(stack.terms["progressive"].epoch) == 1
+    assert float(stack.terms["progressive"].alpha) == 0.5
+
+
 def test_a_shared_store_advances_once(given):
     class Counting(CachedTargets):
         advances = 0
@@ -185,6 +255,34 @@ def test_the_method_is_its_three_terms_with_the_stated_defaults(given):
     torch.testing.assert_close(
         total, 0.5 * progressive + 0.5 * deterministic + adversarial, rtol=1e-4, atol=1e-5, check_dtype=False
     )
+
+
+class Labelled(nn.Module):
+    """A discriminator with a condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.label = nn.Linear(C, 1), nn.Embedding(C, 1)
+
+    def forward(self, x, condition):
+        return self.score(x) + self.label(condition)
+
+
+def test_the_method_hands_on_whatever_its_terms_take(given):
+    method = AIKDLoss(N, C, num_epochs=4, discriminator=Labelled(), penalty=None)
+    method.terms["progressive"].targets.write(given["index"], torch.randn(N, C).softmax(-1))
+    given |= {"mask": torch.arange(N) < 4, "condition": given["target"]}
+    for blended in ({}, {"partner_index": given["index"].flip(0), "mix_lambda": 0.3}):
+        s, t, y, index, mask, condition = given.values()
+        expected = {
+            "progressive": method.terms["progressive"](s, y, index=index, mask=mask, **blended),
+            "deterministic": method.terms["deterministic"](s, t, mask=mask),
+            "adversarial": method.terms["adversarial"](s, t, mask=mask, condition=condition).detach(),
+        }
+        total, values = method(**given, **blended)
+        torch.testing.assert_close(values, expected)
+        expected_total = sum(method.weights[name] * value for name, value in expected.items())
+        torch.testing.assert_close(total, expected_total, check_dtype=False)
 
 
 def test_the_loop_of_the_design_learns():
@@ -277,3 +375,10 @@ def test_a_batch_fetch_of_the_data_set_is_used():
             return [(i * 10,) for i in indices]
 
     assert IndexedDataset(Batched()).__getitems__([3, -4]) == [(30, 3), (0, 0)]
+
+    class Lossy(Batched):
+        def __getitems__(self, indices):
+            return super().__getitems__(indices)[1:]
+
+    with pytest.raises(ValueError, match="zip"):
+        IndexedDataset(Lossy()).__getitems__([3, 1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -20,7 +22,9 @@ from aikd_losses import (
     DeterministicKD,
     EMATargets,
     FrozenTeacher,
+    GradientPenalty,
     LinearRamp,
+    LossStack,
     MLPDiscriminator,
     ProgressiveKD,
 )
@@ -217,6 +221,65 @@ def test_schedules_are_worked_out_anew_so_that_a_longer_run_resumes_right():
     assert float(long.terms["progressive"].alpha) == pytest.approx(0.8 * 4 / 10)
 
 
+def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_names_of_its_tensors():
+    full = adversarial().state_dict()
+    with torch.device("meta"):
+        empty = AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(8,)))
+    for loss, name in ((empty, "discriminator"), (nn.ModuleDict({"a": empty}), "a.discriminator")):
+        state = {name.removesuffix("discriminator") + key: x for key, x in full.items() if "optimizer" not in key}
+        with pytest.raises(RuntimeError) as error:
+            loss.load_state_dict(state)
+        assert (
+            f"`{name}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
+            in (str(error.value))
+        )
+    with pytest.raises(RuntimeError, match=r"`discriminator`: Error\(s\) in loading state_dict .*\n?.*size mismatch"):
+        AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(9,))).load_state_dict(
+            {key: x for key, x in full.items() if "optimizer" not in key}
+        )
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "discriminator.label".'):
+        adversarial().load_state_dict({**full, "discriminator.label": torch.zeros(1)})
+    loss, without = adversarial(), {key: x for key, x in full.items() if key != "discriminator.layers.0.weight"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "discriminator.layers.0.weight".'):
+        loss.load_state_dict(without)
+    assert loss.load_state_dict(without, strict=False).missing_keys == ["discriminator.layers.0.weight"]
+    assert torch.equal(loss.discriminator.layers[2].weight, full["discriminator.layers.2.weight"])
+    to_meta = {key: x.to("meta") for key, x in full.items() if "optimizer" not in key}
+    assert empty.load_state_dict(to_meta)  # nothing to be lost
+
+
+def test_an_optimizers_state_that_is_missing_or_does_not_fit_is_refused_by_its_name():
+    criterion = nn.ModuleDict({"a": adversarial()})
+    state = criterion.state_dict()
+    without = {key: x for key, x in state.items() if "optimizer" not in key}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "a.optimizer_state"\.'):
+        criterion.load_state_dict(without)
+    assert criterion.load_state_dict(without, strict=False).missing_keys == ["a.optimizer_state"]
+    narrow = MLPDiscriminator(C, hidden=())
+    other = AdversarialDistributionLoss(narrow, optimizer=torch.optim.Adam(narrow.parameters()))
+    with pytest.raises(RuntimeError, match=r"`a.optimizer_state` does not fit the discriminator's optimizer: .*group"):
+        criterion.load_state_dict({**state, "a.optimizer_state": other.state_dict()["optimizer_state"]})
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Payload, "ran", True)
+
+
+def test_an_optimizers_state_in_a_checkpoint_runs_no_code():
+    loss = adversarial()
+    buffer = io.BytesIO()
+    torch.save({"state": Payload(), "param_groups": []}, buffer)
+    spoilt = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    with pytest.raises((RuntimeError, pickle.UnpicklingError)):
+        loss.load_state_dict({**loss.state_dict(), "optimizer_state": spoilt})
+    assert not Payload.ran
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_a_copy_of_a_criterion_is_whole_and_independent(copied, spectral_norm):
@@ -289,6 +352,45 @@ def test_the_students_loss_leaves_neither_gradient_nor_buffer_on_the_discriminat
     assert t.grad is None
 
 
+def test_a_discriminators_penalty_leaves_its_buffers_as_they_are():
+    discriminator = MLPDiscriminator(C, spectral_norm=True)
+    loss = AdversarialDistributionLoss(discriminator, penalty=GradientPenalty(10.0))
+    buffers = copy.deepcopy(dict(discriminator.named_buffers()))
+    loss.discriminator_loss(*torch.randn(2, 8, C))
+    assert buffers
+    assert same(buffers, dict(discriminator.named_buffers()))
+
+
+def test_what_a_mask_hides_of_the_teacher_is_not_shown_by_a_paired_objective():
+    loss = AdversarialDistributionLoss(MLPDiscriminator(C), objective="relativistic")
+    s, t, mask = torch.randn(8, C, requires_grad=True), torch.randn(8, C), torch.arange(8) < 6
+    t[7] = torch.nan
+    value = loss(s, t, mask=mask)
+    torch.testing.assert_close(value, loss(s[:6], t[:6]))
+    value.backward()
+    assert s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_students_gradient_is_that_of_the_loss_times_what_comes_from_above(reduction):
+    loss = first_logit(reduction=reduction)  # of which the student minimises minus the first logit
+    s = torch.randn(8, C, requires_grad=True)
+    (3.0 * loss(s, torch.randn(8, C)).sum()).backward()
+    expected = torch.zeros(8, C)
+    expected[:, 0] = -3.0 / (8 if reduction == "mean" else 1)
+    torch.testing.assert_close(s.grad, expected)
+
+
+def test_a_second_derivative_of_the_students_loss_is_refused_in_a_sentence():
+    s = torch.randn(8, C, requires_grad=True)
+    said = (
+        "`AdversarialDistributionLoss` has no second derivative for the student (create_graph=True). Take that of the other "
+        "terms alone."
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(said)}$"):
+        torch.autograd.grad(first_logit()(s, torch.randn(8, C)), s, create_graph=True)
+
+
 def test_update_moves_parameters_and_buffers_and_leaves_no_gradient():
     discriminator = nn.Sequential(nn.Linear(C, 8), nn.BatchNorm1d(8), MLPDiscriminator(8, spectral_norm=True))
     loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
@@ -332,6 +434,52 @@ def test_rows_with_nan_or_inf_are_not_shown_to_the_discriminator():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def first_logit(**settings):
+    """A discriminator whose score is the first logit, so that what it is shown decides."""
+    discriminator = nn.Linear(C, 1)
+    with torch.no_grad():
+        discriminator.weight.copy_(torch.eye(C)[:1])
+        discriminator.bias.zero_()
+    sgd = torch.optim.SGD(discriminator.parameters(), lr=0.5)
+    return AdversarialDistributionLoss(
+        discriminator, objective="wasserstein", inputs="logits", optimizer=sgd, **settings
+    )
+
+
+def test_the_health_of_the_discriminator_is_that_of_its_last_step():
+    loss = first_logit()
+    assert loss.diagnostics() == {}
+    s, t = torch.randn(4, C), torch.randn(4, C)
+    s[:, 0], t[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 2.0, 1.0])  # won: two and a half
+    value = loss.update(s, t)
+    seen = loss.diagnostics()
+    assert sorted(seen) == ["accuracy", "discriminator_loss", "gradient_norm"]
+    assert seen["accuracy"].item() == 2.5 / 4
+    assert value.item() == seen["discriminator_loss"].item() == 0.0  # 6/4 - 6/4
+    torch.testing.assert_close(seen["gradient_norm"], torch.linalg.vector_norm((s - t).mean(0)))
+    assert not any(x.requires_grad for x in seen.values())
+    loss = first_logit()
+    t[0], mask = torch.nan, torch.tensor([True, True, True, False])  # which leave the second and third row
+    assert loss.update(s, t, mask=mask).item() == -0.5
+    seen = loss.diagnostics()
+    assert seen["accuracy"].item() == 1.5 / 2
+    torch.testing.assert_close(seen["gradient_norm"], torch.linalg.vector_norm((s - t)[1:3].mean(0)))
+
+
+def test_the_health_of_a_discriminator_that_has_exploded_is_not_finite():
+    loss = first_logit(penalty=lambda score, teacher, student: score(teacher) * torch.inf)
+    loss.update(*torch.randn(2, 4, C))
+    assert not loss.diagnostics()["gradient_norm"].isfinite()
+
+
+def test_a_stack_has_the_health_of_its_terms_by_their_names():
+    criterion = build()
+    train(network(), sgd(network()), criterion, range(1))
+    own = criterion.terms["adversarial"].diagnostics()
+    assert criterion.diagnostics() == {f"adversarial/{name}": value for name, value in own.items()}
+    assert own
+
+
 def test_a_discriminator_may_be_conditional():
     class Conditional(nn.Module):
         def __init__(self):
@@ -350,8 +498,16 @@ def test_a_discriminator_may_be_conditional():
     masked = y.masked_fill(~mask, -100)  # which no embedding has
     expected = F.softplus(-discriminator(s.softmax(-1), y))[:6].mean()
     torch.testing.assert_close(loss(s, t, mask=mask, condition=masked), expected)
+    torch.testing.assert_close(loss.student_loss(s, t, mask=mask, condition=masked), expected)
+    each = AdversarialDistributionLoss(discriminator, reduction="none")
+    torch.testing.assert_close(each(s, t, condition=y), F.softplus(-discriminator(s.softmax(-1), y)).flatten())
+    loss.penalty = lambda score, teacher, student: 3 * score(teacher)
+    of_teacher, of_student = discriminator(t.softmax(-1), y)[:6], discriminator(s.softmax(-1), y)[:6]
+    expected = (F.softplus(-of_teacher) + F.softplus(of_student) + 3 * of_teacher).mean()
+    s[6], t[7] = torch.nan, torch.nan  # where the mask hides it
+    torch.testing.assert_close(loss.discriminator_loss(s, t, mask=mask, condition=masked), expected)
     before = discriminator.label.weight.clone()
-    loss.update(s, t, mask=mask, condition=masked)
+    torch.testing.assert_close(loss.update(s, t, mask=mask, condition=masked), expected.detach())
     assert not same(before, discriminator.label.weight)
 
 
@@ -414,23 +570,47 @@ def test_alpha_out_of_range_in_a_later_epoch_changes_nothing():
 
 def test_an_epoch_without_an_update_is_warned_of():
     loss = progressive()
-    with pytest.warns(UserWarning, match="nothing was written since the last time"):
+    said = re.escape(
+        "`advance_epoch` was called, but nothing was written since the last time: call `update(student_logits, index=index)` "
+        "in every training step."
+    )
+    with pytest.warns(UserWarning, match=f"^{said}$"):
         loss.advance_epoch()
     loss.update(torch.randn(2, C), index=torch.tensor([1, 2]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss.advance_epoch()
         loss.advance_epoch(2)  # there already
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        loss.advance_epoch()
 
 
 def test_updates_without_an_epoch_are_warned_of_once():
     loss = progressive()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(8):
+        for step in range(8):
             loss.update(torch.randn(N, C), index=torch.arange(N))
-    assert len(caught) == 1
-    assert "since the last `advance_epoch`" in str(caught[0].message)
+            assert len(caught) == (step >= 4)  # four epochs of rows may go by
+    assert caught[0].category is UserWarning
+    assert str(caught[0].message) == (
+        "`update` has seen 80 rows of a store of 16 since the last `advance_epoch`. Call `advance_epoch()` after each epoch: "
+        "alpha waits for it, and so do other ranks."
+    )
+
+
+@pytest.mark.parametrize("build", [lambda loss: loss, lambda loss: LossStack({"progressive": loss})])
+def test_a_warning_names_the_line_of_its_caller(build):
+    loss, given = build(progressive()), {"student_logits": torch.randn(N, C), "index": torch.arange(N)}
+    for _ in range(4):
+        loss.update(**given)
+    with pytest.warns(UserWarning, match="since the last `advance_epoch`") as caught:
+        loss.update(**given)
+    assert [warning.filename for warning in caught] == [__file__]
+    loss = build(progressive())
+    with pytest.warns(UserWarning, match="nothing was written") as caught:
+        loss.advance_epoch()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_without_ids_and_for_blended_inputs_nothing_is_written():

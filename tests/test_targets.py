@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 
@@ -67,6 +71,15 @@ def test_a_dropped_row_stays_as_it_was(build):
     assert_same(contents(store), before)
 
 
+@pytest.mark.parametrize("build", STORES.values(), ids=STORES)
+def test_of_a_dropped_row_neither_the_id_nor_the_row_has_to_be_one(build):
+    many, one = build(), build()
+    dropped = torch.tensor([False, True, False, False])
+    many.write(torch.tensor([-100, 1, N, 2]), torch.cat([rows(0, 1), -rows(2), torch.nan * rows(3)]), keep=dropped)
+    one.write(torch.tensor([1]), rows(1))
+    assert_same(contents(many), contents(one))
+
+
 def test_the_newest_prediction_replaces_the_one_before():
     store = CachedTargets(N, C, dtype=torch.float32)
     store.write(torch.tensor([5, 6]), rows(0, 1))
@@ -82,9 +95,14 @@ def test_bytes_a_sample():
     assert CachedTargets(N, 1000).rows.element_size() == 2
 
 
-@pytest.mark.parametrize("num_classes", [256, 257, 32768, 32769])
-def test_the_last_class_fits_the_type_of_the_classes(num_classes):
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"),
+    [(256, torch.uint8), (257, torch.int16), (32768, torch.int16), (32769, torch.int32)],
+    ids=["256", "257", "32768", "32769"],
+)
+def test_the_last_class_fits_the_type_of_the_classes_which_is_the_smallest(num_classes, dtype):
     store = CachedTargets(2, num_classes, top_k=1)
+    assert store.classes.dtype == dtype
     probs = torch.zeros(1, num_classes)
     probs[0, -1] = 1.0
     store.write(torch.tensor([0]), probs)
@@ -125,8 +143,46 @@ def test_a_file_of_another_store_is_refused_and_left_as_it_is(difference, tmp_pa
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"`path` must hold the store that is asked for") as error:
         other_stores(path)[difference]()
-    assert difference in str(error.value)
+    assert str(error.value) == (
+        f"`path` must hold the store that is asked for; {str(path)!r} has {difference}. Build the store with the file's "
+        "settings, or pass another path."
+    )
     assert path.read_bytes() == before
+
+
+def test_every_difference_to_the_file_is_named_and_a_header_with_more_in_it_is_another_one(tmp_path):
+    path = tmp_path / "targets.bin"
+    CachedTargets(N, C, path=path)
+    with pytest.raises(ValueError, match=r"targets\.bin' has num_samples=10, not 11, num_classes=4, not 5\. Build"):
+        CachedTargets(N + 1, C + 1, path=path)
+    content = path.read_bytes()
+    header = json.dumps({**json.loads(content[:4096]), "by": "someone"}).encode().ljust(4096)
+    path.write_bytes(header + content[4096:])
+    with pytest.raises(ValueError, match=r"targets\.bin' has another header\. Build"):
+        CachedTargets(N, C, path=path)
+
+
+def test_a_file_is_a_page_that_says_what_it_holds_and_then_the_columns_a_page_each(tmp_path):
+    path = tmp_path / "targets.bin"
+    store = CachedTargets(N, C, path=path, dtype=torch.float32)
+    store.write(torch.arange(N), rows(*range(N)))
+    store.advance_epoch()
+    content = path.read_bytes()
+    assert len(content) == 4 * 4096  # the header, rows, known and whether it is whole
+    assert content[:1] == b"{"
+    facts = {"num_samples": N, "num_classes": C, "dtype": "torch.float32", "top_k": None}
+    assert json.loads(content[:4096]) == {"format": "aikd-losses targets 2", **facts}
+    assert content[4096:8192] == rows(*range(N)).numpy().tobytes().ljust(4096, b"\0")
+    assert content[8192:12288] == (b"\1" * N).ljust(4096, b"\0")
+    assert content[12288:] == bytes(4096)
+
+
+def test_a_file_is_made_beside_its_place_which_can_be_linked_to(tmp_path, monkeypatch):
+    sources, link = [], os.link
+    monkeypatch.setattr(os, "link", lambda source, path: (sources.append(source), link(source, path)))
+    CachedTargets(N, C, path=tmp_path / "targets.bin")
+    (source,) = sources
+    assert re.fullmatch(re.escape(f"{tmp_path}/targets.bin.") + "[^/.]+", source)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 9000, b"[1, 2]", b'{"format": "something else"}'])
@@ -145,8 +201,12 @@ def test_a_file_of_another_length_is_refused_and_left_as_it_is(change, tmp_path)
     content = path.read_bytes()
     content = content[:change] if change < 0 else content + b"\x00"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"`path` must be a whole file of \d+ bytes"):
+    with pytest.raises(ValueError, match=r"`path` must be a whole file of \d+ bytes") as error:
         CachedTargets(N, C, path=path)
+    assert str(error.value) == (
+        f"`path` must be a whole file of 16384 bytes; {str(path)!r} has {16384 + change}: it was cut off. Delete it and load "
+        "the rows from a checkpoint."
+    )
     assert path.read_bytes() == content
 
 
@@ -308,6 +368,126 @@ def test_a_missing_folder_is_an_error_of_the_system(tmp_path):
         CachedTargets(N, C, path=tmp_path / "nowhere" / "targets.bin")
 
 
+def left_half_written(path):
+    """A store in a file that nobody has open any more, in the middle of its second epoch."""
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.tensor([1]), rows(0))
+    store.advance_epoch()
+    store.write(torch.tensor([2]), rows(1))
+    del store
+    gc.collect()
+
+
+def is_interrupted(path):
+    try:
+        CachedTargets(N, C, path=path).read(torch.tensor([0]))
+    except RuntimeError:
+        return True
+    return False
+
+
+def test_a_file_that_was_left_half_written_is_neither_read_nor_written(tmp_path):
+    path = tmp_path / "targets.bin"
+    left_half_written(path)
+    content = path.read_bytes()
+    s, index = torch.randn(1, C), torch.tensor([1])
+    for refused in (
+        lambda store: store.read(index),
+        lambda store: store.write(index, rows(2)),
+        lambda store: ProgressiveKD(store)(s, index=index),
+        lambda store: ProgressiveKD(store).update(s, index=index),
+    ):
+        with pytest.raises(RuntimeError, match="left half written") as error:
+            refused(CachedTargets(N, C, path=path))  # opening it, now several times, heals nothing
+        assert str(error.value) == (
+            f"`path` {str(path)!r} was left half written: its process ended between two `advance_epoch`, so that rows of two "
+            "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), delete the file to "
+            "start without history, or call `advance_epoch()` to take the rows as they are."
+        )
+    assert path.read_bytes()[:12288] == content[:12288]
+
+
+@pytest.mark.parametrize("how", ["advance_epoch", "load_state_dict"])
+def test_a_half_written_file_is_whole_again_once_taken_as_it_is_or_loaded(how, tmp_path):
+    path = tmp_path / "targets.bin"
+    left_half_written(path)
+    store, other = CachedTargets(N, C, path=path), CachedTargets(N, C)
+    other.write(torch.tensor([3]), rows(3))
+    if how == "advance_epoch":
+        store.advance_epoch()
+        assert store.read(torch.arange(4))[1].tolist() == [False, True, True, False]
+    else:
+        store.load_state_dict(other.state_dict())
+        assert store.read(torch.arange(4))[1].tolist() == [False, False, False, True]
+    store.write(torch.tensor([0]), rows(4))
+    store.advance_epoch()
+    del store
+    gc.collect()
+    assert not is_interrupted(path)
+
+
+def test_a_file_that_another_store_has_open_was_not_interrupted(tmp_path):
+    path = tmp_path / "targets.bin"
+    writing = CachedTargets(N, C, path=path)
+    writing.write(torch.tensor([1]), rows(0))
+    reading = CachedTargets(N, C, path=path)
+    assert reading.read(torch.tensor([1]))[1].item()
+    copied = copy.deepcopy(writing)  # of the rows: whoever has the file open still has
+    del writing  # which opened it first
+    gc.collect()
+    for _ in range(2):
+        assert not is_interrupted(path)
+    del reading
+    gc.collect()
+    assert is_interrupted(path)
+    assert copied.read(torch.tensor([1]))[1].item()
+
+
+def test_the_identity_of_a_file_is_that_of_the_file_on_its_machine(tmp_path, monkeypatch):
+    """The machine is told by the number of its start or, where there is none, of its network card."""
+    for name in ("a", "b"):
+        CachedTargets(N, C, path=tmp_path / name)
+    os.link(tmp_path / "a", tmp_path / "also a")
+
+    def identities():
+        return [_mapped.identity(str(tmp_path / name)) for name in ("a", "also a", "b")]
+
+    def without(path):
+        raise FileNotFoundError(path)
+
+    seen = [identities()]
+    for content in ("one", "other"):
+        starts = {"/proc/sys/kernel/random/boot_id": content}
+        monkeypatch.setattr(_mapped, "open", lambda path, starts=starts: io.StringIO(starts[path]), raising=False)
+        seen.append(identities())
+    monkeypatch.setattr(_mapped, "open", without, raising=False)
+    for card in (1, 2):
+        monkeypatch.setattr(_mapped.uuid, "getnode", lambda card=card: card)
+        seen.append(identities())
+    assert all(a == also_a for a, also_a, _ in seen)
+    different = {number for a, _, b in seen for number in (a, b)}
+    assert len(different) == 2 * len(seen)
+    assert all(-(2**63) <= number < 2**63 for number in different)
+
+
+def test_a_process_that_was_forked_does_not_hold_the_file_of_its_parent(tmp_path):
+    path = tmp_path / "targets.bin"
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.tensor([1]), rows(0))
+    context = multiprocessing.get_context("fork")
+    end = context.Event()
+    worker = context.Process(target=end.wait, args=(60,))
+    worker.start()
+    try:
+        assert not is_interrupted(path)
+        del store
+        gc.collect()
+        assert is_interrupted(path)
+    finally:
+        end.set()
+        worker.join(60)
+
+
 # ---------------------------------------------------------------------------------------------------- state and copies
 
 
@@ -375,6 +555,14 @@ def test_a_deep_copy_is_independent(build, mapped, tmp_path):
     assert clone.path is None
 
 
+def test_what_shares_a_store_or_its_rows_shares_their_copies():
+    store = CachedTargets(N, C)
+    first, second, table = copy.deepcopy([store, ProgressiveKD(store), store.rows])
+    assert first is second.targets
+    assert first is not store
+    assert table is first.rows
+
+
 @pytest.mark.parametrize("build", STORES.values(), ids=STORES)
 def test_a_pickle_holds_the_rows_or_refers_to_the_file(build, tmp_path):
     path = tmp_path / "rows.bin"
@@ -412,6 +600,7 @@ def test_a_store_made_on_meta_becomes_an_empty_one():
 
 def test_rows_shared_in_memory_are_shared():
     store = CachedTargets(N, C)
+    store.double()
     assert not store.rows.is_shared()
     store.share_memory()
     assert store.rows.is_shared()
@@ -523,6 +712,28 @@ def test_a_complete_store_is_known_to_be_so_only_as_long_as_nothing_says_otherwi
     other.load_state_dict(store.state_dict())
     assert other.complete  # whoever loads looks
     assert not CachedTargets(3, 2).complete
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_rows_of_a_complete_store_are_blended_as_others_are_and_alone_by_default(complete):
+    store = CachedTargets(N, C, dtype=torch.float32)
+    loss = ProgressiveKD(store, alpha=1.0)
+    store.write(torch.arange(N), rows(*range(N)))
+    if complete:
+        store.advance_epoch()
+    assert store.complete == complete
+    s, index, partner = torch.randn(3, C), torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    first, second = rows(1, 2, 3), rows(4, 5, 6)
+    given = {"index": index, "partner_index": partner}
+    for mix, expected in ((None, first), (0.3, 0.3 * first + 0.7 * second)):
+        value = loss(s, **given) if mix is None else loss(s, **given, mix_lambda=mix)
+        torch.testing.assert_close(value, -(expected * s.log_softmax(-1)).sum(-1).mean())
+    mask = torch.tensor([True, False, True])
+    hidden = {name: x.masked_fill(~mask, N) for name, x in given.items()}  # no ids
+    torch.testing.assert_close(
+        loss(s, **hidden, mask=mask, mix_lambda=0.3),
+        loss(s[mask], **{name: x[mask] for name, x in given.items()}, mix_lambda=0.3),
+    )
 
 
 @pytest.mark.parametrize("kind", [CachedTargets, EMATargets])

@@ -21,6 +21,7 @@ from aikd_losses import (
     MLPDiscriminator,
     ProgressiveKD,
 )
+from aikd_losses.discriminators import SpectralLinear
 from aikd_losses.functional import deterministic_kd, progressive_kd
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "js"]
@@ -140,7 +141,9 @@ def test_an_objective_of_ones_own_is_played_as_it_is_given():
         discriminator=lambda teacher, student: 3 * student - teacher, student=lambda student, teacher: 5 * student
     )
     layer = nn.Linear(4, 1, bias=False)
-    loss = AdversarialDistributionLoss(nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), layer), objective=ours, inputs="logits")
+    loss = AdversarialDistributionLoss(
+        nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), layer), objective=ours, inputs="logits"
+    )
     s, t = torch.randn(2, 6, 4)
     found, found_other = loss(s, t), loss.discriminator_loss(s, t)
     s, t = (F.layer_norm(x, (4,)) for x in (s, t))
@@ -337,3 +340,29 @@ def test_a_teacher_that_ran_in_inference_mode_is_a_teacher(call):
         teacher = torch.randn(4, 3)
     (slope,) = torch.autograd.grad(call(student, teacher), student)
     assert torch.equal(slope, torch.autograd.grad(call(student, teacher.clone()), student)[0])
+
+
+def test_a_spectral_layer_is_a_linear_one_with_its_weight_over_its_largest_singular_value():
+    layer = SpectralLinear(4, 3)
+    with torch.no_grad():
+        layer.weight.mul_(7)
+        for _ in range(200):
+            layer(torch.zeros(1, 4))  # every training forward is a step of the estimate
+    x, left = torch.randn(5, 4), layer.left.clone()
+    expected = x @ (layer.weight / torch.linalg.matrix_norm(layer.weight, 2)).T + layer.bias
+    assert_close(layer(x), expected)
+    layer.eval()
+    left.copy_(layer.left)
+    assert_close(layer(x), expected)
+    with torch.no_grad():
+        layer.weight[0] += 1
+    layer(x)
+    assert torch.equal(layer.left, left)  # which evaluation leaves as it is
+
+
+def test_a_new_spectral_layer_starts_from_a_good_estimate():
+    torch.manual_seed(3)
+    for _ in range(5):
+        layer = SpectralLinear(4, 3).eval()
+        slope = layer(torch.eye(4)) - layer(torch.zeros(1, 4))
+        assert torch.linalg.matrix_norm(slope, 2).item() == pytest.approx(1.0, abs=0.02)

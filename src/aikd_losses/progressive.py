@@ -230,7 +230,7 @@ class ProgressiveKD(Carrier):
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def advance_epoch(self, epoch: int | None = None) -> None:

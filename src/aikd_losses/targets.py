@@ -140,6 +140,8 @@ class _Table(Carrier):
         distribution (checked on the CPU) and then changes nothing; on other devices the caller vouches for it.
         """
         self._check_write(index, probs, keep)
+        if keep is not None:
+            index = index.masked_fill(~keep.to(index.device), 0)  # a dropped id may be none
         self._put(index, probs, keep)
 
     def _refuse_interrupted(self) -> NoReturn:
