@@ -342,7 +342,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
 
 def build_criterion(args: argparse.Namespace, num_samples: int, num_classes: int) -> LossStack:
     """The full method, or those of its terms that are asked for, with weights that sum to 1 but for the adversarial."""
-    targets = CachedTargets(num_samples, num_classes, path=args.out / TARGETS if args.targets_file else None)
+    in_file = args.targets_file and "progressive" in args.terms
+    targets = CachedTargets(num_samples, num_classes, path=args.out / TARGETS if in_file else None)
     full = AIKDLoss(
         num_samples, num_classes, args.epochs, temperature=args.temperature, alpha=args.alpha, targets=targets
     )
@@ -439,7 +440,9 @@ def train_phase(run: Run, progress: Progress, saved: dict[str, Any] | None) -> n
     if run.phase == 1:
         criterion = LossStack({"cross_entropy": nn.CrossEntropyLoss()})
     else:
-        if saved is None and run.rank == 0:  # of a run that was stopped before its first checkpoint of this phase
+        if (
+            saved is None and int(os.environ.get("LOCAL_RANK", 0)) == 0
+        ):  # of a run that was stopped before its first checkpoint of this phase
             (args.out / TARGETS).unlink(missing_ok=True)
         if run.world > 1:
             dist.barrier()

@@ -225,6 +225,17 @@ def test_of_ranks_that_share_a_file_one_writes_it_and_none_goes_on_before(on_ran
     assert on_ranks(work, 4) == [(wrote, [0, 1, 2, 0]) for wrote in (True, False, True, False)]
 
 
+def test_some_ranks_may_have_a_file_and_others_none(on_ranks, tmp_path):
+    def work(rank):
+        store = CachedTargets(N, C, path=tmp_path / "rows" if rank == 1 else None)
+        for epoch in range(2):
+            store.write(torch.tensor([rank]), torch.eye(C)[[(rank + epoch) % C]])
+            store.advance_epoch()
+        return store.read(torch.arange(4))[0].tolist()
+
+    assert on_ranks(work, 3) == [[*torch.eye(C)[[1, 2, 0]].tolist(), [0.0] * C]] * 3
+
+
 def test_a_sampler_that_pads_with_duplicates_leaves_the_same_rows_on_all_ranks(on_ranks):
     def work(rank):
         stores = CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=1)
@@ -368,7 +379,9 @@ def within(chunk_bytes):
 @pytest.mark.parametrize(("chunk_bytes", "lengths"), [(1, [1, 1, 1, 1, 1]), (60, [2, 2, 1]), (149, [4, 1]), (150, [5])])
 def test_what_is_received_at_a_time_is_bounded_and_sent_in_as_few_chunks_as_that_allows(chunk_bytes, lengths, on_ranks):
     # A row: the id (8 bytes), three classes in float16 (6) and whether it is known (1), from each of two ranks.
-    expected = [8] + [length * size for length in lengths for size in (8, 6, 1)]  # after how many there are
+    expected = [8, 8] + [
+        length * size for length in lengths for size in (8, 6, 1)
+    ]  # first which file, and how many rows
     assert on_ranks(within(chunk_bytes)) == [expected, expected]
 
 
@@ -439,7 +452,7 @@ def in_one_file(path):
             store.advance_epoch()
             dist.barrier()
             seen.append(tuple(x.clone() for x in store.read(torch.arange(N))))
-            seen.append(int(store._file_state))
+            seen.append(int(store._file._state))
             dist.barrier()
         return seen
 

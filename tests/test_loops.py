@@ -269,11 +269,26 @@ def test_the_discriminators_health_is_how_often_it_is_right_and_how_steep_its_st
     assert found["accuracy"].item() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert found["gradient_norm"].item() == pytest.approx(float((of_teacher - of_student)[:4].mean()), rel=1e-5)
     assert not any(x.requires_grad or x.ndim for x in found.values())
+    loss.update(student, teacher, mask=torch.zeros(6, dtype=torch.bool))
+    assert loss.diagnostics()["accuracy"].isnan()  # of no rows
+
+
+def test_an_optimizer_that_works_on_the_gradients_in_place_does_not_change_their_norm():
+    norms = []
+    for momentum in (0.0, 0.9):
+        torch.manual_seed(0)
+        discriminator = MLPDiscriminator(C)
+        settings = dict(momentum=momentum, nesterov=momentum > 0, foreach=True)
+        sgd = torch.optim.SGD(discriminator.parameters(), lr=0.0, **settings)
+        loss = AdversarialDistributionLoss(discriminator, optimizer=sgd)
+        loss.update(*torch.randn(2, 8, C, generator=torch.Generator().manual_seed(1)))
+        norms.append(loss.diagnostics()["gradient_norm"].item())
+    assert norms[0] == norms[1] > 0
 
 
 def test_a_discriminator_that_explodes_or_collapses_is_seen_in_the_log():
     logs = {}
-    for scale in (1e38, 0.0):
+    for scale in (1e38, 0.0, math.nan):
         discriminator = of_first_class(scale)
         sgd = torch.optim.SGD(discriminator.parameters(), lr=0.0)
         adversarial = AdversarialDistributionLoss(discriminator, objective="least_squares", optimizer=sgd)
@@ -283,4 +298,5 @@ def test_a_discriminator_that_explodes_or_collapses_is_seen_in_the_log():
         logs[scale] = stack.diagnostics()
         assert list(logs[scale]) == ["fool/discriminator_loss", "fool/accuracy", "fool/gradient_norm"]
     assert logs[1e38]["fool/gradient_norm"] > 1e30
+    assert all(value.isnan() for name, value in list(logs.items())[2][1].items() if name != "fool/discriminator_loss")
     assert logs[0.0]["fool/accuracy"].item() == 0.5  # all scores are ties

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
-import io
 import json
 import multiprocessing
 import os
@@ -16,7 +16,16 @@ import time
 import pytest
 import torch
 
-from aikd_losses import CachedTargets, EMATargets, ProgressiveKD, TargetStore, _mapped
+from aikd_losses import (
+    AdversarialDistributionLoss,
+    CachedTargets,
+    EMATargets,
+    LossStack,
+    MLPDiscriminator,
+    ProgressiveKD,
+    TargetStore,
+    _mapped,
+)
 
 N, C = 10, 4
 STORES = {
@@ -242,47 +251,71 @@ def _killed_in_an_epoch(path, orphan, said):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.fixture(params=[False, True], ids=["", "with-an-orphan"])
-def interrupted(request, tmp_path):
-    """The file of a process that was killed in its second epoch."""
-    path = tmp_path / "targets.bin"
+def killed_in_an_epoch(path, orphan=False):
+    """Returns the process that outlived it, if there is one."""
     hears, says = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_killed_in_an_epoch, args=(path, request.param, says))
+    process = multiprocessing.get_context("fork").Process(target=_killed_in_an_epoch, args=(path, orphan, says))
     process.start()
     _, status = os.waitpid(process.pid, 0)  # `join` would wait for the orphan
     assert os.WTERMSIG(status) == signal.SIGKILL
-    orphan = hears.recv() if request.param else None
-    yield path
+    return hears.recv() if orphan else None
+
+
+@pytest.fixture(params=[False, True], ids=["", "with-an-orphan"])
+def interrupted(request, tmp_path):
+    """The file of a process that was killed in its second epoch."""
+    orphan = killed_in_an_epoch(tmp_path / "targets.bin", request.param)
+    yield tmp_path / "targets.bin"
     if orphan is not None:
         os.kill(orphan, signal.SIGKILL)
 
 
 def refuses(store):
-    loss, index = ProgressiveKD(store), torch.tensor([3])
+    index = torch.tensor([3])
+    discriminator = MLPDiscriminator(C)
+    adversarial = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.Adam(discriminator.parameters()))
+    stack = LossStack({"adversarial": adversarial, "progressive": ProgressiveKD(store)})
+    given = dict(student_logits=rows(0), teacher_logits=rows(1), target=index, index=index)
+    weights = [p.clone() for p in discriminator.parameters()]
     calls = [
         lambda: store.read(index),
         lambda: store.write(index, rows(0)),
-        lambda: loss(rows(0), index, index=index),
-        lambda: loss.update(rows(0), index=index),
+        lambda: store.advance_epoch(),
+        lambda: store.state_dict(),
+        lambda: copy.deepcopy(store),
+        lambda: stack(**given),
+        lambda: stack.update(**given),
     ]
     for call in calls:
-        with pytest.raises(
-            RuntimeError, match=r"`path` '.*targets.bin' was left half written: its process ended between"
-        ):
+        with pytest.raises(RuntimeError, match="left half written") as error:
             call()
+        assert str(error.value) == (
+            f"`path` {store.path!r} was left half written: a process was killed between two `advance_epoch`, so that rows of "
+            "two epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file "
+            "to start without history."
+        )
+    assert all(map(torch.equal, weights, discriminator.parameters()))
+    return True
 
 
 def test_a_file_that_was_being_written_when_its_process_was_killed_is_noticed(interrupted):
     before = interrupted.read_bytes()
     first, second = CachedTargets(N, C, path=interrupted), CachedTargets(N, C, path=interrupted)
     for store in (first, second, pickle.loads(pickle.dumps(first))):
-        refuses(store)
-    assert contents(first).keys() == {"rows", "known"}
-    assert (
-        sum(a != b for a, b in zip(before, interrupted.read_bytes(), strict=True)) == 1
-    )  # noted, for the next one too
+        assert refuses(store)
+    changed = [i for i, (a, b) in enumerate(zip(before, interrupted.read_bytes(), strict=True)) if a != b]
+    assert len(changed) == 1  # it is noted, for the next one too
     del first, second, store
-    refuses(CachedTargets(N, C, path=interrupted))
+    gc.collect()
+    assert refuses(CachedTargets(N, C, path=interrupted))
+
+
+def test_who_reads_a_file_does_not_hide_that_its_writer_was_killed(tmp_path):
+    path = tmp_path / "targets.bin"
+    reader = CachedTargets(N, C, path=path)
+    killed_in_an_epoch(path)
+    assert refuses(CachedTargets(N, C, path=path))
+    assert refuses(reader)  # from now on
 
 
 def test_a_checkpoint_makes_an_interrupted_file_whole(interrupted):
@@ -290,13 +323,13 @@ def test_a_checkpoint_makes_an_interrupted_file_whole(interrupted):
     kept.write(torch.arange(N), rows(*range(N)))
     first, second = CachedTargets(N, C, path=interrupted), CachedTargets(N, C, path=interrupted)
     first.load_state_dict(kept.state_dict())
-    assert_same(contents(first), contents(kept))
-    assert torch.equal(first.read(torch.arange(N))[0], kept.read(torch.arange(N))[0])
-    refuses(second)  # until it has loaded it too
-    second.load_state_dict(kept.state_dict())
-    second.write(torch.tensor([0]), rows(8))
-    del first, second
-    refuses(CachedTargets(N, C, path=interrupted))  # once more
+    for store in (first, second):
+        assert_same(contents(store), contents(kept))
+        assert torch.equal(store.read(torch.arange(N))[0], kept.read(torch.arange(N))[0])
+    del first, second, store
+    gc.collect()
+    killed_in_an_epoch(interrupted)
+    assert refuses(CachedTargets(N, C, path=interrupted))  # once more
 
 
 def test_a_load_that_was_interrupted_is_noticed(tmp_path, monkeypatch):
@@ -305,49 +338,137 @@ def test_a_load_that_was_interrupted_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_after_load", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.load_state_dict(state)
-    del store
-    refuses(CachedTargets(N, C, path=path))
+    assert refuses(store)
+    assert refuses(CachedTargets(N, C, path=path))
 
 
-def test_an_interrupted_file_is_taken_as_it_is_where_that_is_wanted(interrupted):
-    store = CachedTargets(N, C, path=interrupted)
+def write_and_wait(path, written, end):
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.tensor([1]), rows(0))
+    written.set()
+    end.wait(60)
+
+
+def test_a_file_whose_writer_lives_or_came_to_its_end_was_not_interrupted(tmp_path):
+    path = tmp_path / "targets.bin"
+    context = multiprocessing.get_context("fork")
+    written, end = context.Event(), context.Event()
+    worker = context.Process(target=write_and_wait, args=(path, written, end))
+    worker.start()
+    assert written.wait(60)
+    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()
+    end.set()
+    worker.join(60)
+    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()
+
+
+def test_a_writer_that_leaves_does_not_speak_for_another_one(tmp_path):
+    one, other = (CachedTargets(N, C, path=tmp_path / "targets.bin") for _ in range(2))
+    for store in (one, other):
+        store.write(torch.tensor([1]), rows(0))
+    state = int(other._file._state)
+    del one, store
+    gc.collect()
+    assert int(other._file._state) == state == _mapped.WRITING
+    other.advance_epoch()
+    assert int(other._file._state) == _mapped.WHOLE
+
+
+def test_a_store_that_was_unpickled_in_the_middle_of_an_epoch_says_that_it_writes(tmp_path):
+    store = CachedTargets(N, C, path=tmp_path / "targets.bin")
+    store.write(torch.tensor([1]), rows(0))
+    pickled = pickle.dumps(store)
     store.advance_epoch()
-    torch.testing.assert_close(store.read(torch.tensor([1]))[0], rows(20), atol=1e-3, rtol=0)
-    del store
-    assert CachedTargets(N, C, path=interrupted).read(torch.arange(N))[1].all()
+    again = pickle.loads(pickled)
+    again.write(torch.tensor([2]), rows(0))
+    assert int(store._file._state) == _mapped.WRITING
 
 
-def test_a_forked_process_does_not_hold_the_file(tmp_path):
-    store = CachedTargets(N, C, path=tmp_path / "targets")
-    held = store._held
+def test_a_forked_process_does_not_speak_for_its_parent_and_can_write_itself(tmp_path):
+    store = CachedTargets(N, C, path=tmp_path / "targets.bin")
+    store.write(torch.tensor([1]), rows(0))
+    lock = store._file._lock
     child = os.fork()
     if child == 0:
-        os._exit(0 if held.descriptor is None else 1)
+        let_go = lock.descriptor is None
+        store.write(torch.tensor([2]), rows(1))
+        os._exit(0 if let_go and lock.descriptor is not None else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert held.descriptor is not None
-    held.close()
-    held.close()  # once is enough
-    assert held.descriptor is None
+    assert lock.descriptor is not None
+    store.advance_epoch()
+    assert lock.descriptor is None
+    assert store.read(torch.tensor([1, 2]))[1].all()
 
 
-def test_where_files_cannot_be_locked_one_that_is_being_written_counts_as_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(_mapped, "fcntl", None)
-    store = CachedTargets(N, C, path=tmp_path / "targets.bin")
-    assert not CachedTargets(N, C, path=tmp_path / "targets.bin").read(torch.arange(N))[1].any()
+class Unlockable:
+    """A file system without locks."""
+
+    LOCK_EX, LOCK_NB, LOCK_SH = 2, 4, 1
+
+    @staticmethod
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("locks", [None, Unlockable], ids=["windows", "no-locks"])
+def test_where_files_cannot_be_locked_one_that_is_being_written_counts_as_interrupted(locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(_mapped, "fcntl", locks)
+    path = tmp_path / "targets.bin"
+    store = CachedTargets(N, C, path=path)
+    assert not CachedTargets(N, C, path=path).read(torch.arange(N))[1].any()
     store.write(torch.tensor([1]), rows(0))
-    refuses(CachedTargets(N, C, path=tmp_path / "targets.bin"))
+    store.advance_epoch()
+    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()
+    store.write(torch.tensor([2]), rows(0))
+    assert refuses(CachedTargets(N, C, path=path))
 
 
-@pytest.mark.parametrize("linux", [True, False])
-def test_a_file_has_one_identity_whatever_it_is_called(linux, tmp_path, monkeypatch):
-    if not linux:
-        monkeypatch.setattr(_mapped, "BOOT", "/nowhere")
-    (tmp_path / "a").touch()
-    (tmp_path / "b").touch()
-    os.link(tmp_path / "a", tmp_path / "c")
-    a, b, c = (_mapped.identity(str(tmp_path / name)) for name in "abc")
-    assert a == c != b
-    assert all(-(2**63) <= x < 2**63 for x in (a, b))
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_deleted_or_replaced_is_not_written_in_vain(replaced, tmp_path):
+    path = tmp_path / "targets.bin"
+    store = CachedTargets(N, C, path=path)
+    path.unlink()
+    if replaced:
+        CachedTargets(N, C, path=path)
+    with pytest.raises(
+        RuntimeError, match=r"`path` '.*' was deleted or replaced after this store had mapped it: what it"
+    ):
+        store.write(torch.tensor([1]), rows(0))
+
+
+def test_the_identity_of_a_file_is_that_of_the_file_on_its_machine(tmp_path, monkeypatch):
+    """The machine is told by the number of its start or, where there is none, of its network card."""
+
+    def identities():
+        return [CachedTargets(N, C, path=tmp_path / name)._file.identity for name in ("a", "also a", "b")]
+
+    CachedTargets(N, C, path=tmp_path / "a")
+    os.link(tmp_path / "a", tmp_path / "also a")
+    seen = [identities()]
+    for content in ("one", "other"):
+        (tmp_path / "boot").write_text(content)
+        monkeypatch.setattr(_mapped, "BOOT", tmp_path / "boot")
+        seen.append(identities())
+    monkeypatch.setattr(_mapped, "BOOT", tmp_path / "nowhere")
+    for card in (1, 2):
+        monkeypatch.setattr(_mapped.uuid, "getnode", lambda card=card: card)
+        seen.append(identities())
+    assert all(a == also_a for a, also_a, _ in seen)
+    different = {number for a, _, b in seen for number in (a, b)}
+    assert len(different) == 2 * len(seen)
+    assert all(-(2**63) <= number < 2**63 for number in different)
+
+
+def test_a_file_of_another_version_is_named_as_such(tmp_path):
+    path = tmp_path / "targets.bin"
+    CachedTargets(N, C, path=path)
+    content = path.read_bytes().replace(b"aikd-losses targets 2", b"aikd-losses targets 1")
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"must be a file of this version's format, 'aikd-losses targets 2'; .* targets 1'"
+    ):
+        CachedTargets(N, C, path=path)
+    assert path.read_bytes() == content
 
 
 def test_a_file_store_is_saved_without_a_copy_and_loads_anywhere(tmp_path):
@@ -366,126 +487,6 @@ def test_a_file_store_is_saved_without_a_copy_and_loads_anywhere(tmp_path):
 def test_a_missing_folder_is_an_error_of_the_system(tmp_path):
     with pytest.raises(FileNotFoundError):
         CachedTargets(N, C, path=tmp_path / "nowhere" / "targets.bin")
-
-
-def left_half_written(path):
-    """A store in a file that nobody has open any more, in the middle of its second epoch."""
-    store = CachedTargets(N, C, path=path)
-    store.write(torch.tensor([1]), rows(0))
-    store.advance_epoch()
-    store.write(torch.tensor([2]), rows(1))
-    del store
-    gc.collect()
-
-
-def is_interrupted(path):
-    try:
-        CachedTargets(N, C, path=path).read(torch.tensor([0]))
-    except RuntimeError:
-        return True
-    return False
-
-
-def test_a_file_that_was_left_half_written_is_neither_read_nor_written(tmp_path):
-    path = tmp_path / "targets.bin"
-    left_half_written(path)
-    content = path.read_bytes()
-    s, index = torch.randn(1, C), torch.tensor([1])
-    for refused in (
-        lambda store: store.read(index),
-        lambda store: store.write(index, rows(2)),
-        lambda store: ProgressiveKD(store)(s, index=index),
-        lambda store: ProgressiveKD(store).update(s, index=index),
-    ):
-        with pytest.raises(RuntimeError, match="left half written") as error:
-            refused(CachedTargets(N, C, path=path))  # opening it, now several times, heals nothing
-        assert str(error.value) == (
-            f"`path` {str(path)!r} was left half written: its process ended between two `advance_epoch`, so that rows of two "
-            "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), delete the file to "
-            "start without history, or call `advance_epoch()` to take the rows as they are."
-        )
-    assert path.read_bytes()[:12288] == content[:12288]
-
-
-@pytest.mark.parametrize("how", ["advance_epoch", "load_state_dict"])
-def test_a_half_written_file_is_whole_again_once_taken_as_it_is_or_loaded(how, tmp_path):
-    path = tmp_path / "targets.bin"
-    left_half_written(path)
-    store, other = CachedTargets(N, C, path=path), CachedTargets(N, C)
-    other.write(torch.tensor([3]), rows(3))
-    if how == "advance_epoch":
-        store.advance_epoch()
-        assert store.read(torch.arange(4))[1].tolist() == [False, True, True, False]
-    else:
-        store.load_state_dict(other.state_dict())
-        assert store.read(torch.arange(4))[1].tolist() == [False, False, False, True]
-    store.write(torch.tensor([0]), rows(4))
-    store.advance_epoch()
-    del store
-    gc.collect()
-    assert not is_interrupted(path)
-
-
-def test_a_file_that_another_store_has_open_was_not_interrupted(tmp_path):
-    path = tmp_path / "targets.bin"
-    writing = CachedTargets(N, C, path=path)
-    writing.write(torch.tensor([1]), rows(0))
-    reading = CachedTargets(N, C, path=path)
-    assert reading.read(torch.tensor([1]))[1].item()
-    copied = copy.deepcopy(writing)  # of the rows: whoever has the file open still has
-    del writing  # which opened it first
-    gc.collect()
-    for _ in range(2):
-        assert not is_interrupted(path)
-    del reading
-    gc.collect()
-    assert is_interrupted(path)
-    assert copied.read(torch.tensor([1]))[1].item()
-
-
-def test_the_identity_of_a_file_is_that_of_the_file_on_its_machine(tmp_path, monkeypatch):
-    """The machine is told by the number of its start or, where there is none, of its network card."""
-    for name in ("a", "b"):
-        CachedTargets(N, C, path=tmp_path / name)
-    os.link(tmp_path / "a", tmp_path / "also a")
-
-    def identities():
-        return [_mapped.identity(str(tmp_path / name)) for name in ("a", "also a", "b")]
-
-    def without(path):
-        raise FileNotFoundError(path)
-
-    seen = [identities()]
-    for content in ("one", "other"):
-        starts = {"/proc/sys/kernel/random/boot_id": content}
-        monkeypatch.setattr(_mapped, "open", lambda path, starts=starts: io.StringIO(starts[path]), raising=False)
-        seen.append(identities())
-    monkeypatch.setattr(_mapped, "open", without, raising=False)
-    for card in (1, 2):
-        monkeypatch.setattr(_mapped.uuid, "getnode", lambda card=card: card)
-        seen.append(identities())
-    assert all(a == also_a for a, also_a, _ in seen)
-    different = {number for a, _, b in seen for number in (a, b)}
-    assert len(different) == 2 * len(seen)
-    assert all(-(2**63) <= number < 2**63 for number in different)
-
-
-def test_a_process_that_was_forked_does_not_hold_the_file_of_its_parent(tmp_path):
-    path = tmp_path / "targets.bin"
-    store = CachedTargets(N, C, path=path)
-    store.write(torch.tensor([1]), rows(0))
-    context = multiprocessing.get_context("fork")
-    end = context.Event()
-    worker = context.Process(target=end.wait, args=(60,))
-    worker.start()
-    try:
-        assert not is_interrupted(path)
-        del store
-        gc.collect()
-        assert is_interrupted(path)
-    finally:
-        end.set()
-        worker.join(60)
 
 
 # ---------------------------------------------------------------------------------------------------- state and copies

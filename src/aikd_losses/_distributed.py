@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,9 @@ class Ranks:
         return self  # a group is a connection, which a copy shares
 
     def __reduce__(self) -> Any:
-        return (Ranks, (None,)) if self.group is None else self._refuse_pickle()
-
-    def _refuse_pickle(self) -> NoReturn:
-        raise TypeError("A loss with a `process_group` cannot be pickled: save its `state_dict()`.")
+        if self.group is not None:
+            raise TypeError("A loss with a `process_group` cannot be pickled: save its `state_dict()`.")
+        return Ranks, (None,)
 
     def _reachable(self, x: Tensor) -> Tensor:
         """`x` on a device that the group's backend can send from."""

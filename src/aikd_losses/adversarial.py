@@ -261,9 +261,12 @@ class AdversarialDistributionLoss(Carrier):
             used = [(p, slope / count.to(slope)) for (p, _), slope in zip(used, sums, strict=True)]
         for parameter, slope in used:
             parameter.grad = slope
+        norms = (
+            list(torch._foreach_norm([slope for _, slope in used])) if used else []
+        )  # an optimizer may change slopes
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
-        self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, [slope for _, slope in used])
+        self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, norms)
         return loss
 
     @torch.no_grad()
@@ -271,18 +274,20 @@ class AdversarialDistributionLoss(Carrier):
         """The discriminator's health in the last `update`, to be logged; empty before the first one.
 
         `discriminator_loss`: what `update` returned. `accuracy`: how often the teacher's row of a sample got the higher
-        score (ties count half; of this rank's rows). About .5 to .8 is healthy; near 1 the student gains little, near 0 the
-        discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or growing without bound means that
-        it has exploded. Worked out when asked for: a step that is not logged costs nothing.
+        score (ties count half; of this rank's rows; NaN where there are none). About .5 to .8 is healthy; near 1 the student
+        gains little, near 0 the discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or growing
+        without bound means that it has exploded. Mostly worked out when asked for: a step that is not logged costs next to
+        nothing.
         """
         if self._seen_last is None:
             return {}
-        loss, of_teacher, of_student, counts, slopes = self._seen_last
-        wins = 0.5 * (torch.sign(of_teacher - of_student) + 1)
-        norms = [torch.linalg.vector_norm(slope.float()) for slope in slopes]
+        loss, of_teacher, of_student, counts, norms = self._seen_last
+        lead = of_teacher - of_student
+        wins = torch.where(lead.isnan(), lead, 0.5 * (torch.sign(lead) + 1))
+        accuracy = functional.reduce_positions(wins, counts, "mean")
         return {
             "discriminator_loss": loss,
-            "accuracy": functional.reduce_positions(wins, counts, "mean"),
+            "accuracy": accuracy if counts is None else torch.where(counts.any(), accuracy, math.nan),
             "gradient_norm": torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(loss),
         }
 
@@ -425,7 +430,7 @@ class _Step(NamedTuple):
     of_teacher: Tensor
     of_student: Tensor
     counts: Tensor | None
-    slopes: list[Tensor]
+    norms: list[Tensor]  # of the gradient, a parameter each
 
 
 class _Fooling(torch.autograd.Function):

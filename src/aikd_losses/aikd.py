@@ -43,6 +43,7 @@ class AIKDLoss(LossStack):
         objective, penalty: of the adversarial term (default "wasserstein", `GradientPenalty(10.0)`).
         learning_rate: of the discriminator's Adam with betas (0.5, 0.9) (default 1e-3).
         class_dim: the class axis; required for logits of more than two axes.
+        process_group: of the adversarial term and the default store; `targets` of your own bring theirs.
 
     Shape, State: as in the three terms; a call gives `(total, values)`, see `LossStack`. Move it with `to(device)` as you
     do the model.

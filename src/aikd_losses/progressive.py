@@ -197,6 +197,7 @@ class ProgressiveKD(Carrier):
         if index is None or partner_index is not None:
             return _nothing_to_do
         if isinstance(self.targets, _Table):
+            self.targets.check_whole()
             _checks.has_values("student_logits", student_logits, self.targets.known.device)
         return partial(self._remember, student_logits.detach(), axis, index, mask)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from . import _checks, _mapped
 from ._carrier import Carrier
 from ._distributed import Ranks
 
-OF_FILE = ("rows", "classes", "known", "_file_state", "_held")  # what a copy of a store with a `path` has to do without
+MAPPED = ("rows", "classes", "known", "_file")  # what belongs to the file of a store with a `path`
 
 
 @runtime_checkable
@@ -49,8 +49,7 @@ class _Table(Carrier):
     classes: Tensor | None  # (num_samples, top_k): which classes those are
     known: Tensor  # (num_samples,): was the row ever written
     _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, -1 for none
-    _file_state: Tensor | None  # (1,), in the file alone: whole, being written or interrupted while it was
-    _held: _mapped.Hold | None
+    _file: _mapped.MappedFile | None
 
     def __init__(
         self,
@@ -90,18 +89,14 @@ class _Table(Carrier):
         if self.top_k is not None:
             columns["classes"] = (_index_dtype(self.num_classes), (n, width))
         columns["known"] = (torch.bool, (n,))
+        self._file = None
         if self.path is None:
             table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
         else:
-            columns["_file_state"] = (torch.uint8, (1,))
             facts = {"num_samples": n, "num_classes": self.num_classes, "dtype": str(self.dtype), "top_k": self.top_k}
-            table = _mapped.map_columns(self.path, facts, columns)
+            self._file = _mapped.MappedFile(self.path, facts, columns)
+            table = self._file.columns
         self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
-        self._file_state, self._held = table.get("_file_state"), None
-        self._interrupted = False  # the file was left by processes that ended while they wrote an epoch
-        if self.path is not None:
-            self._held = _mapped.Hold(self.path, table["_file_state"])
-            self._interrupted = int(table["_file_state"]) == _mapped.INTERRUPTED
         self._last_write = torch.full((n,), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -119,8 +114,7 @@ class _Table(Carrier):
         return self._complete_version == self.known._version
 
     def _probs(self, at: Tensor) -> Tensor:
-        if self._interrupted:
-            self._refuse_interrupted()
+        self.check_whole()
         kept = self.rows.index_select(0, at).float()
         if self.classes is None:
             return kept
@@ -144,19 +138,20 @@ class _Table(Carrier):
             index = index.masked_fill(~keep.to(index.device), 0)  # a dropped id may be none
         self._put(index, probs, keep)
 
-    def _refuse_interrupted(self) -> NoReturn:
-        raise RuntimeError(
-            f"`path` {self.path!r} was left half written: its process ended between two `advance_epoch`, so that rows of two "
-            "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), delete the file to "
-            "start without history, or call `advance_epoch()` to take the rows as they are."
-        )
+    def check_whole(self) -> None:
+        """RuntimeError where the file was left by a process that was killed while it wrote."""
+        if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
+            raise RuntimeError(
+                f"`path` {self.path!r} was left half written: a process was killed between two `advance_epoch`, so that rows "
+                "of two epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete "
+                "the file to start without history."
+            )
 
     def _put(self, index: Tensor, probs: Tensor, keep: Tensor | None) -> None:
         """`write`, of what is known to be distributions."""
-        if self._interrupted:
-            self._refuse_interrupted()
-        if self._num_written == 0:
-            self._mark_file(_mapped.WRITING)
+        if self._file is not None:
+            self.check_whole()
+            self._file.begin()
         at, probs = index.to(self.known.device), probs.to(self.known.device)
         keep = None if keep is None else keep.to(at.device)
         # Rows are written in any order, also by the threads of a CPU. So writes are numbered, and the highest number wins:
@@ -203,38 +198,36 @@ class _Table(Carrier):
 
     def advance_epoch(self) -> None:
         """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
+        self.check_whole()
         if self._ranks.active():
             self._exchange()
-        else:
-            self._mark_file(_mapped.WHOLE)
+        elif self._file is not None:
+            self._file.end()
         self._forget_writes()
 
     def _exchange(self) -> None:
         """Of ranks that map one file the first one writes it, and no rank goes on before that is done: a row that came
         late would overwrite one of the next epoch."""
-        device = self.known.device
-        files = None if self.path is None else self._ranks.gather_numbers(_mapped.identity(self.path), device)
-        writes = files is None or files.index(_mapped.identity(cast(str, self.path))) == self._ranks.own()
-        if files is None or len(set(files)) > 1:
+        own = 0 if self._file is None else self._file.identity
+        files = self._ranks.gather_numbers(own, self.known.device)
+        writes = self._file is None or files.index(own) == self._ranks.own()
+        if self._file is None or len(set(files)) > 1:
             tables = [self.rows, self.known] + ([] if self.classes is None else [self.classes])
             fresh = (self._last_write >= 0).nonzero().squeeze(-1)
             for index, columns in self._ranks.gather_rows(fresh, tables):
                 for table, rows in zip(tables, columns, strict=True):
                     if writes:
                         table.index_copy_(0, index, rows)
-        if writes:
-            self._mark_file(_mapped.WHOLE)
-        if files is not None:
+        if any(files):  # somebody has a file
+            if self._file is not None and writes:
+                self._file.end()
             self._ranks.wait()
-
-    def _mark_file(self, state: int) -> None:
-        if self._file_state is not None:
-            self._file_state.fill_(state)
+            if self._file is not None:
+                self._file.release()
 
     def _forget_writes(self) -> None:
         self._last_write.fill_(-1)
         self._num_written = 0
-        self._interrupted = False
         gaps = self.known.is_meta or not bool(self.known.all())
         self._complete_version = None if gaps else self.known._version
 
@@ -246,10 +239,12 @@ class _Table(Carrier):
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
 
     def _before_load(self) -> None:
-        self._mark_file(_mapped.INTERRUPTED)
+        if self._file is not None:
+            self._file.interrupt()
 
     def _after_load(self) -> None:
-        self._mark_file(_mapped.WHOLE)
+        if self._file is not None:
+            self._file.end()
         self._forget_writes()  # what is loaded here is loaded on every rank
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -258,10 +253,14 @@ class _Table(Carrier):
         self._complete_version = None  # of a tensor that this may replace
         return super()._apply(fn, recurse)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.check_whole()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def __getstate__(self) -> dict[str, Any]:
         if self.path is None:
             return self.__dict__
-        return {key: value for key, value in self.__dict__.items() if key not in OF_FILE}
+        return {key: value for key, value in self.__dict__.items() if key not in MAPPED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -275,15 +274,9 @@ class _Table(Carrier):
         """A copy of its own, in memory: two objects that write one file would not be copies."""
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("_file_state", "_held")}
-        clone.__dict__.update(
-            copy.deepcopy(kept, memo),
-            path=None,
-            _file_state=None,
-            _held=None,
-            _interrupted=False,
-            _complete_version=None,
-        )
+        self.check_whole()
+        kept = {key: value for key, value in self.__dict__.items() if key != "_file"}
+        clone.__dict__.update(copy.deepcopy(kept, memo), path=None, _file=None, _complete_version=None)
         return clone
 
     def extra_repr(self) -> str:
@@ -308,9 +301,9 @@ class CachedTargets(_Table):
         process_group: the ranks that train on different samples (default: all, once there is a group).
 
     State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
-    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process ended in the middle of an epoch
-    is noticed: reading and writing are then a `RuntimeError` until a checkpoint is loaded, or `advance_epoch` called to
-    take the rows as they are. A deep copy of a store in a file is a store in memory; a pickle refers to the file.
+    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process was killed in the middle of an
+    epoch is noticed: all but loading a checkpoint is then a `RuntimeError`. A deep copy of a store in a file is a store in
+    memory; a pickle refers to the file.
 
     Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
     nothing is changed then.
