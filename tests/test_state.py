@@ -229,11 +229,11 @@ def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_name
         state = {name.removesuffix("discriminator") + key: x for key, x in full.items() if "optimizer" not in key}
         with pytest.raises(RuntimeError) as error:
             loss.load_state_dict(state)
-        assert (
-            f"`{name}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-            in (str(error.value))
-        )
-    with pytest.raises(RuntimeError, match=r"`discriminator`: Error\(s\) in loading state_dict .*\n?.*size mismatch"):
+        message = "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
+        assert f"`{name}.layers.0.weight` {message}" in str(error.value)
+    with pytest.raises(
+        RuntimeError, match=r"`discriminator.layers.0.weight` in the checkpoint is torch.float32 of shape"
+    ):
         AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(9,))).load_state_dict(
             {key: x for key, x in full.items() if "optimizer" not in key}
         )
@@ -533,19 +533,38 @@ def test_a_checkpoint_that_lacks_the_discriminators_optimizer_or_has_none_to_giv
         owner.load_state_dict({name: x.to("meta") for name, x in owner.state_dict().items()})
 
 
-def test_a_discriminator_without_memory_says_how_to_get_some():
-    here = AdversarialDistributionLoss(MLPDiscriminator(C))
-    there = AdversarialDistributionLoss(MLPDiscriminator(C).to("meta"))
-    with pytest.raises(
-        RuntimeError, match=r"`discriminator` is on the meta device and has no memory to load into\. Call"
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: AIKDLoss(N + 2, C, 4),
+            r"`terms.progressive.targets.rows` in the checkpoint is torch.float16 of shape",
+        ),
+        (lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, dtype=torch.float32)), r"is torch.float32 of shape"),
+        (
+            lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, top_k=C)),
+            r"targets.classes` is in the checkpoint, and",
+        ),
+        (
+            lambda: AIKDLoss(N, C, 4, discriminator=MLPDiscriminator(C, hidden=(5, 5))),
+            r"`terms.adversarial.discriminator.layers.0.weight` in the checkpoint is torch.float32 of shape \(5, ",
+        ),
+    ],
+    ids=["samples", "storage type", "top_k", "discriminator"],
+)
+def test_of_a_criterions_checkpoint_that_does_not_fit_nothing_is_loaded(other, message):
+    criterion, saved = AIKDLoss(N, C, 4), other()
+    saved.update(student_logits=torch.randn(4, C), teacher_logits=torch.randn(4, C), index=torch.arange(4))
+    saved.advance_epoch()
+    model = nn.ModuleDict({"criterion": criterion})
+    before = copy.deepcopy(criterion.state_dict())
+    for load in (
+        lambda: criterion.load_state_dict(saved.state_dict()),
+        lambda: model.load_state_dict({f"criterion.{k}": v for k, v in saved.state_dict().items()}, strict=False),
     ):
-        there.load_state_dict(here.state_dict())
-
-
-def test_a_discriminator_of_other_widths_is_refused_in_a_sentence():
-    one, other = (AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(w,))) for w in (4, 5))
-    with pytest.raises(RuntimeError, match=r"`discriminator`: Error\(s\) in loading state_dict for MLPDiscriminator"):
-        one.load_state_dict(other.state_dict())
+        with pytest.raises(RuntimeError, match=message.replace("`terms", "`(criterion.)?terms")):
+            load()
+        assert same(criterion.state_dict(), before)
 
 
 def test_alpha_follows_the_epoch_and_a_number_says_which():

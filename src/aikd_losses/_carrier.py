@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_NO_MEMORY = "`{}` is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-
 _SAME_SETTINGS = "Build this object with the settings it was saved with."
 
 
@@ -82,51 +80,82 @@ class Carrier(nn.Module):
         error_msgs: list[str],
     ) -> None:
         state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        copies = {}
-        errors = []
-        complete = True
+        copies, missing, errors = self._fitting(state, prefix)
         for name in self._saved:
             own, key = getattr(self, name), prefix + name
             if isinstance(own, nn.Module):
-                inner = {k: state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
-                _load_module(own, inner, f"{key}.", missing_keys, unexpected_keys, error_msgs)
-            elif own is None:
-                if state.pop(key, None) is not None:
-                    errors.append(f"`{key}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}")
+                inner = {k.removeprefix(f"{key}."): state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
+                if not errors:
+                    result = own.load_state_dict(inner, strict=False)
+                    missing_keys.extend(f"{key}.{k}" for k in result.missing_keys)
+                    unexpected_keys.extend(f"{key}.{k}" for k in result.unexpected_keys)
             else:
-                saved = state.pop(key, None)
-                if saved is None:
-                    missing_keys.append(key)
-                    complete = False
-                elif not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
-                    kind = f"a tensor of layout {saved.layout}" if isinstance(saved, Tensor) else type(saved).__name__
-                    errors.append(f"`{key}` in the checkpoint must be a dense tensor; it is {kind}.")
-                elif saved.is_meta and not own.is_meta:
-                    errors.append(f"`{key}` in the checkpoint must have values; it is on the meta device.")
-                elif own.is_meta and not saved.is_meta:
-                    errors.append(_NO_MEMORY.format(key))
-                elif saved.shape != own.shape or saved.dtype != own.dtype:
-                    errors.append(
-                        f"`{key}` in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is "
-                        f"{own.dtype} of shape {tuple(own.shape)}. {_SAME_SETTINGS}"
-                    )
-                else:
-                    copies[name] = own, saved
-        complete = complete and not any(
-            own.is_meta for own, _ in copies.values()
-        )  # both without values: nothing to load
-        if complete and not errors:
-            try:
-                self._check_load({name: saved for name, (_, saved) in copies.items()})
-            except (ValueError, TypeError) as error:
-                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-        if complete and not errors:  # all or nothing: a table without its flags would be silently wrong
+                state.pop(key, None)
+        without_values = any(own.is_meta for own, _ in copies.values())  # on both sides: nothing to load
+        if not (
+            errors or missing or without_values
+        ):  # all or nothing: a table without its flags would be silently wrong
             self._before_load()
             for own, saved in copies.values():
                 own.copy_(saved.detach())
             self._after_load()
+        missing_keys.extend(missing)
         error_msgs.extend(errors)
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _fitting(
+        self, state: Mapping[str, Any], prefix: str
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], list[str]]:
+        """What is to be copied from the checkpoint, (own, saved) by name; keys that it lacks; what does not fit, and why."""
+        copies, missing, errors = {}, [], []
+        for name in self._saved:
+            own, key = getattr(self, name), prefix + name
+            if isinstance(own, nn.Module):
+                errors += _misfits(own, state, key)
+            elif own is None:
+                if key in state:
+                    errors.append(f"`{key}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}")
+            elif key not in state:
+                missing.append(key)
+            elif (misfit := _misfit(own, state[key])) is not None:
+                errors.append(f"`{key}` {misfit}")
+            else:
+                copies[name] = own, state[key]
+        if not (errors or missing or any(own.is_meta for own, _ in copies.values())):
+            try:
+                self._check_load({name: saved for name, (_, saved) in copies.items()})
+            except (ValueError, TypeError) as error:
+                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+        return copies, missing, errors
+
+
+def _misfit(own: Tensor, saved: object) -> str | None:
+    """Why `saved` cannot be loaded into `own`."""
+    if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
+        kind = f"a tensor of layout {saved.layout}" if isinstance(saved, Tensor) else type(saved).__name__
+        return f"in the checkpoint must be a dense tensor; it is {kind}."
+    if saved.is_meta and not own.is_meta:
+        return "in the checkpoint must have values; it is on the meta device."
+    if own.is_meta and not saved.is_meta:
+        return "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
+    if saved.shape != own.shape or saved.dtype != own.dtype:
+        return (
+            f"in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is {own.dtype} of shape "
+            f"{tuple(own.shape)}. {_SAME_SETTINGS}"
+        )
+    return None
+
+
+def _misfits(module: nn.Module, state: Mapping[str, Any], key: str) -> list[str]:
+    """The same for a whole module, whose tensors may be cast."""
+    found = []
+    for name, own in module.state_dict().items():
+        saved = state.get(f"{key}.{name}")
+        if isinstance(own, Tensor) and saved is not None:
+            cast = saved.to(own.dtype) if isinstance(saved, Tensor) and saved.layout is torch.strided else saved
+            if (misfit := _misfit(own, cast)) is not None:
+                found.append(f"`{key}.{name}` {misfit}")
+    return found
 
 
 def _moved(value: Tensor, fn: Any) -> Tensor:
@@ -138,23 +167,3 @@ def _moved(value: Tensor, fn: Any) -> Tensor:
         return value.to(probe.device, torch.float32)  # MPS knows no float64
     moved = value.to(probe.device)
     return moved.share_memory_() if probe.device.type == "cpu" and probe.is_shared() else moved
-
-
-def _load_module(
-    module: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    if any(x.is_meta for x in (*module.parameters(), *module.buffers())) and not any(x.is_meta for x in state.values()):
-        error_msgs.append(_NO_MEMORY.format(prefix[:-1]))
-        return
-    try:
-        result = module.load_state_dict({key[len(prefix) :]: value for key, value in state.items()}, strict=False)
-    except RuntimeError as error:  # shapes that do not fit
-        error_msgs.append(f"`{prefix[:-1]}`: {error}")
-        return
-    missing_keys.extend(prefix + key for key in result.missing_keys)
-    unexpected_keys.extend(prefix + key for key in result.unexpected_keys)
