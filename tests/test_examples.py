@@ -163,7 +163,11 @@ def without_times(saved):
 @pytest.mark.slow
 def test_ctrl_c_loses_at_most_the_running_epoch(tmp_path):
     command = [sys.executable, str(SCRIPT), *SMALL, "--epochs", "40", "--lr", "0.02", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # what a shell starts in the background is deaf
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, text=True, preexec_fn=heard, **pipes) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint.pt").exists():
             assert process.poll() is None, process.stderr.read()

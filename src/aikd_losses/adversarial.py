@@ -124,6 +124,7 @@ class AdversarialDistributionLoss(Carrier):
         self.class_dim = _checks.class_dim(class_dim)
         self._same_on_all_ranks = False
         self._seen_last: _Step | None = None
+        self._spoils_slopes = False  # whether the optimizer works on gradients in place, found out by its first step
 
     def forward(
         self,
@@ -261,12 +262,15 @@ class AdversarialDistributionLoss(Carrier):
             used = [(p, slope / count.to(slope)) for (p, _), slope in zip(used, sums, strict=True)]
         for parameter, slope in used:
             parameter.grad = slope
-        norms = (
-            list(torch._foreach_norm([slope for _, slope in used])) if used else []
-        )  # an optimizer may change slopes
+        steep: list[Tensor] | None = [slope for _, slope in used]
+        if self._spoils_slopes:
+            steep = [torch.linalg.vector_norm(slope) for _, slope in used]
+        before = [slope._version for _, slope in used]
         optimizer.step()
+        if not self._spoils_slopes and before != [slope._version for _, slope in used]:
+            self._spoils_slopes, steep = True, None
         optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
-        self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, norms)
+        self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, steep)
         return loss
 
     @torch.no_grad()
@@ -276,20 +280,23 @@ class AdversarialDistributionLoss(Carrier):
         `discriminator_loss`: what `update` returned. `accuracy`: how often the teacher's row of a sample got the higher
         score (ties count half; of this rank's rows; NaN where there are none). About .5 to .8 is healthy; near 1 the student
         gains little, near 0 the discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or growing
-        without bound means that it has exploded. Mostly worked out when asked for: a step that is not logged costs next to
-        nothing.
+        without bound means that it has exploded; left out once, after the first step of an optimizer that changes gradients in
+        place. Worked out when asked for: a step that is not logged costs nothing.
         """
         if self._seen_last is None:
             return {}
-        loss, of_teacher, of_student, counts, norms = self._seen_last
+        loss, of_teacher, of_student, counts, steep = self._seen_last
         lead = of_teacher - of_student
         wins = torch.where(lead.isnan(), lead, 0.5 * (torch.sign(lead) + 1))
         accuracy = functional.reduce_positions(wins, counts, "mean")
-        return {
+        found = {
             "discriminator_loss": loss,
             "accuracy": accuracy if counts is None else torch.where(counts.any(), accuracy, math.nan),
-            "gradient_norm": torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(loss),
         }
+        if steep is not None:
+            norms = [torch.linalg.vector_norm(x.float()) for x in steep] or [torch.zeros_like(loss)]
+            found["gradient_norm"] = torch.linalg.vector_norm(torch.stack(norms))
+        return found
 
     def _agree_on_all_ranks(self) -> None:
         if self._ranks.active() and not self._same_on_all_ranks:
@@ -430,7 +437,7 @@ class _Step(NamedTuple):
     of_teacher: Tensor
     of_student: Tensor
     counts: Tensor | None
-    norms: list[Tensor]  # of the gradient, a parameter each
+    steep: list[Tensor] | None  # the gradient of each parameter, or its norm; None: lost
 
 
 class _Fooling(torch.autograd.Function):
