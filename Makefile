@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark coverage soak mutants check lint types wheel clean
+.PHONY: test example example-seeds benchmark study coverage soak mutants check lint types wheel clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ example-seeds: .venv/ready   ## the example over seeds and weight decays; writes
 
 benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
+
+study: .venv/ready           ## the accuracy study on MNIST-1D at the settings that were tuned; writes benchmarks/results/accuracy/
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py $(ARGS)
 
 coverage: .venv/ready        ## every line and branch of src/ is run by a test, or says why not
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=100 $(PYTEST_ARGS)

@@ -1,0 +1,432 @@
+"""Does it work? Methods x data x seeds in one harness, every method tuned by the same small grid, paired over seeds.
+
+    make study                                        # MNIST-1D with the settings in results/accuracy/tuned.json
+    python benchmarks/accuracy.py --data mnist1d-1000-20 --net cnn --tune       # tune anew, then run
+    python benchmarks/accuracy.py --table             # what is there, as tables
+
+A task is a data set with a size and a share of wrong labels (percent), and a network: `mnist1d-1000-20`, `cnn`. Each run is one
+line of `results/accuracy/<task>.jsonl`; what is there is not run again, so a study that was stopped goes on where it was.
+
+The rules. Training sets and their wrong labels are drawn anew for every seed; tuning has seeds of its own. Every method gets
+the same number of steps (cross-entropy also twice that), the same grid of learning rates and weight decays, then a few values
+of the one setting that is its own; what is best in accuracy on 2,000 validation samples, whose labels are as wrong as the
+training set's, is run on the seeds of the study. The pre-trained model of a seed is a cross-entropy run on its training set.
+The test set (10,000 samples, true labels) chooses nothing. Scaled values are those after dividing the logits by the
+temperature that suits the validation samples with their true labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import RESULTS, machine
+from methods import METHODS, Method
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+FOLDER = RESULTS / "accuracy"
+CACHE = Path("runs") / "study"
+LEARNING_RATES = (0.03, 0.1)
+WEIGHT_DECAYS = (5e-3, 2e-2, 6e-2)
+TUNING_SEEDS = (1000, 1001)
+BATCH = 100
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Task:
+    data: str
+    net: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.net}"
+
+    @property
+    def parts(self) -> tuple[str, int, float]:
+        """Source, training samples, share of wrong labels."""
+        source, size, noise = self.data.rsplit("-", 2)
+        return source, int(size), int(noise) / 100
+
+
+@dataclass
+class Data:
+    x: Tensor
+    y: Tensor  # as wrong as they are
+    validation_x: Tensor
+    validation_y: Tensor
+    validation_true: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    num_classes: int
+
+
+@functools.lru_cache(maxsize=2)
+def pool(source: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What training and validation sets are drawn from, and the test set."""
+    if source == "mnist1d":
+        path = CACHE / "mnist1d.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = path.with_suffix(f".{os.getpid()}")
+            torch.save(generate_mnist1d(), own)
+            os.replace(own, path)
+        return tuple(torch.load(path, weights_only=True))  # type: ignore[return-value]
+    if source == "fashion":
+        sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+        from cifar_train import MINI, load_idx
+
+        x, y, test_x, test_y = load_idx(MINI)
+        mean, std = x.float().mean(), x.float().std()
+        return (x.float() - mean) / std, y, (test_x.float() - mean) / std, test_y
+    raise SystemExit(f"accuracy.py: no data set is called {source!r}; there are mnist1d and fashion.")
+
+
+def generate_mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greydanus and Kobak, *Scaling Down Deep Learning with MNIST-1D*, 2024, by its own package."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    args = get_dataset_args()
+    args.num_samples, args.train_split, args.seed = 40_000, 0.75, 0
+    made = make_dataset(args)
+    x, y, test_x, test_y = (torch.as_tensor(made[key]) for key in ("x", "y", "x_test", "y_test"))
+    return x.float(), y.long(), test_x.float(), test_y.long()
+
+
+def draw(task: Task, seed: int) -> Data:
+    source, size, noise = task.parts
+    x, y, test_x, test_y = pool(source)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=g)
+    held = 2_000 if len(x) > size + 2_000 else len(x) - size
+    train, validation = order[:size], order[size : size + held]
+    classes = int(y.max()) + 1
+
+    def spoilt(labels: Tensor) -> Tensor:
+        wrong = torch.randperm(len(labels), generator=g)[: round(noise * len(labels))]
+        labels = labels.clone()
+        labels[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=g)) % classes
+        return labels
+
+    return Data(
+        x[train], spoilt(y[train]), x[validation], spoilt(y[validation]), y[validation], test_x, test_y, classes
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+def network(task: Task, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    source = task.parts[0]
+    if source == "mnist1d":
+        if task.net == "mlp":
+            return nn.Sequential(nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+        convs: list[nn.Module] = [nn.Unflatten(1, (1, 40))]
+        for fan_in in (1, 25, 25):
+            convs += [nn.Conv1d(fan_in, 25, 5, 2, 2, bias=False), nn.BatchNorm1d(25), nn.ReLU()]
+        return nn.Sequential(*convs, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(25, 10))
+    if task.net == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    convs = []
+    for fan_in, fan_out in ((1, 8), (8, 16)):
+        convs += [nn.Conv2d(fan_in, fan_out, 3, 1, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(784, 10))
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def metrics(logits: Tensor, target: Tensor, scale: float) -> dict[str, float]:
+    raw, scaled = logits.softmax(-1), (logits / scale).softmax(-1)
+    confidence, guess = raw.max(-1)
+    right = (guess == target).double()
+    risk = (1 - right[confidence.argsort(descending=True)]).cumsum(0) / torch.arange(1, len(target) + 1)
+    return {
+        "accuracy": 100 * float(right.mean()),
+        "nll": float(F.cross_entropy(logits, target)),
+        "nll_scaled": float(F.cross_entropy(logits / scale, target)),
+        "ece": calibration_error(confidence, right),
+        "ece_scaled": calibration_error(scaled.max(-1).values, right),
+        "brier": float((raw - F.one_hot(target, logits.shape[-1])).square().sum(-1).mean()),
+        "aurc": float(risk.mean()),
+        "temperature": scale,
+    }
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    """In percent: Guo et al., 2017, https://arxiv.org/abs/1706.04599."""
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence.double() - right)
+    return 100 * float(gap.abs().sum() / len(right))
+
+
+def best_temperature(logits: Tensor, target: Tensor) -> float:
+    grid = torch.logspace(-1, 1.5, 126).tolist()
+    return min(grid, key=lambda t: float(F.cross_entropy(logits / t, target)))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    return peak * min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def steps_of(task: Task) -> int:
+    return 600 if task.parts[1] <= 2_000 else 1_200
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    model.eval()
+    out = torch.cat([model(part) for part in x.split(2_000)])
+    model.train()
+    return out
+
+
+def train(task: Task, data: Data, method: Method, seed: int, lr: float, weight_decay: float) -> nn.Module:
+    model = network(task, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    per_epoch = len(data.y) // BATCH
+    epochs = method.length * steps_of(task) // per_epoch
+    method.begin(model, data, epochs)
+    g = torch.Generator().manual_seed(seed + 1)
+    torch.manual_seed(seed + 2)
+    for epoch in range(epochs):
+        order = torch.randperm(len(data.y), generator=g)
+        for step in range(per_epoch):
+            progress = (epoch * per_epoch + step + 1) / (epochs * per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress, lr)
+            loss = method.loss(order[step * BATCH : (step + 1) * BATCH], progress)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.after_step()
+        method.after_epoch()
+    return model
+
+
+@functools.lru_cache(maxsize=64)
+def pretrained(task: Task, seed: int, lr: float, weight_decay: float) -> dict[str, Tensor]:
+    """The weights of the seed's cross-entropy run. A student of that seed starts elsewhere (see `run`)."""
+    path = CACHE / f"{task.name}-{seed}-{lr}-{weight_decay}.pt"
+    if not path.exists():
+        model = train(task, draw(task, seed), METHODS["ce"](), seed, lr, weight_decay)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        torch.save(model.state_dict(), own)
+        os.replace(own, path)
+    return dict(torch.load(path, weights_only=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    task: Task
+    method: str
+    seed: int
+    lr: float
+    weight_decay: float
+    own: float | None  # the setting that is the method's own; None: as it comes
+    teacher: tuple[float, float] | None  # learning rate and weight decay of the pre-trained model
+
+    def key(self) -> str:
+        return json.dumps([self.method, self.seed, self.lr, self.weight_decay, self.own, self.teacher])
+
+
+def run(r: Run) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    data = draw(r.task, r.seed)
+    method = METHODS[r.method](**({} if r.own is None else {"own": r.own}))
+    if method.needs_teacher:
+        assert r.teacher is not None
+        teacher = network(r.task, 0)
+        teacher.load_state_dict(pretrained(r.task, r.seed, *r.teacher))
+        method.teacher = teacher.eval().requires_grad_(False)
+    # Every method starts from the same weights, which are not the pre-trained model's own start.
+    start = r.seed if r.method == "ce" and r.teacher is None else r.seed + 500_000
+    model = train(r.task, data, method, start, r.lr, r.weight_decay)
+    held = logits_of(model, data.validation_x)
+    scale = best_temperature(held, data.validation_true)
+    return {
+        "method": r.method, "seed": r.seed, "lr": r.lr, "weight_decay": r.weight_decay, "own": r.own,
+        "teacher": r.teacher, "key": r.key(),
+        "validation": 100 * float((held.argmax(-1) == data.validation_y).float().mean()),
+        **metrics(logits_of(model, data.test_x), data.test_y, scale), **method.report(),
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- studies
+
+
+class Results:
+    """The lines of a task's file; what is there is not run again."""
+
+    def __init__(self, task: Task) -> None:
+        self.path = FOLDER / f"{task.name}.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [json.loads(line) for line in lines]
+        self.done = {line["key"]: line for line in self.lines if "key" in line}
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            if not self.lines:
+                file.write(json.dumps({"machine": machine()}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        self.done[line["key"]] = line
+
+
+def run_all(runs: list[Run], results: Results, jobs: int, console: Console, what: str) -> list[dict[str, Any]]:
+    missing = [r for r in runs if r.key() not in results.done]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        multiprocessing.get_context("fork").Pool(jobs) as workers,
+    ):
+        for line in progress.track(workers.imap_unordered(run, missing), total=len(missing), description=what):
+            results.add(line)
+    return [results.done[r.key()] for r in runs]
+
+
+def best(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The setting with the best validation accuracy, mean over the tuning seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(json.dumps([line["lr"], line["weight_decay"], line["own"]]), []).append(line)
+    top = max(groups.values(), key=lambda group: statistics.fmean(line["validation"] for line in group))[0]
+    return {name: top[name] for name in ("lr", "weight_decay", "own")}
+
+
+def tune(task: Task, names: list[str], results: Results, jobs: int, console: Console) -> dict[str, dict[str, Any]]:
+    """Cross-entropy first: it gives the teacher. Then the grid, then the method's own setting at the grid's best."""
+    tuned: dict[str, dict[str, Any]] = {}
+    grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
+
+    def of(name: str, settings: Iterator[tuple[float, float, float | None]] | list[Any], teacher: Any) -> list[Run]:
+        return [Run(task, name, seed, *s, teacher) for s in settings for seed in TUNING_SEEDS]
+
+    plain = run_all(of("ce", [(*g, None) for g in grid], None), results, jobs, console, f"{task.name} ce")
+    tuned["ce"] = best(plain)
+    teacher = tuned["ce"]["lr"], tuned["ce"]["weight_decay"]
+    others = [name for name in names if name != "ce"]
+    first = [r for name in others for r in of(name, [(*g, None) for g in grid], teacher)]
+    lines = run_all(first, results, jobs, console, f"{task.name} grid")
+    second = []
+    for name in others:
+        tuned[name] = best([line for line in lines if line["method"] == name])
+        at = tuned[name]["lr"], tuned[name]["weight_decay"]
+        second += of(name, [(*at, own) for own in METHODS[name].grid], teacher)
+    lines += run_all(second, results, jobs, console, f"{task.name} own")
+    for name in others:
+        tuned[name] = best([line for line in lines if line["method"] == name])
+    return tuned
+
+
+def study(
+    task: Task, names: list[str], seeds: int, tuned: dict[str, Any], results: Results, jobs: int, console: Console
+) -> None:
+    teacher = tuned["ce"]["lr"], tuned["ce"]["weight_decay"]
+    runs = [
+        Run(task, name, seed, tuned[name]["lr"], tuned[name]["weight_decay"], tuned[name]["own"], teacher)
+        for seed in range(seeds) for name in names
+    ]  # fmt: skip
+    run_all(runs, results, jobs, console, task.name)
+
+
+def of_study(results: Results, tuned: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Of each method the runs at its tuned setting on the seeds of the study."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in results.done.values():
+        setting = tuned.get(line["method"])
+        of_seeds = line["seed"] < min(TUNING_SEEDS) and line["teacher"] is not None
+        if setting and of_seeds and all(line[name] == setting[name] for name in ("lr", "weight_decay", "own")):
+            found.setdefault(line["method"], {})[line["seed"]] = line
+    return found
+
+
+def mean_error(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(task: Task, results: Results, tuned: dict[str, Any]) -> Table:
+    found = of_study(results, tuned)
+    plain = found.get("ce", {})
+    shown = Table(title=f"{task.name}: {len(plain)} seeds, mean ± standard error; differences to ce, paired")
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("accuracy, %", "accuracy", "{:.2f}".format), ("NLL", "nll", "{:.3f}".format),
+        ("NLL, scaled", "nll_scaled", "{:.3f}".format), ("ECE, %", "ece", "{:.1f}".format),
+        ("Brier", "brier", "{:.3f}".format), ("AURC", "aurc", "{:.4f}".format),
+    ]  # fmt: skip
+    for column in ("method", "lr", "wd", "own", *(c[0] for c in columns), "d accuracy", "d NLL, scaled"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for name, lines in sorted(
+        found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0]
+    ):
+        cells = []
+        for _, key, form in columns:
+            mean, error = mean_error([r[key] for r in lines.values()])
+            cells.append(f"{form(mean)} ± {form(error)}" if key == "accuracy" else form(mean))
+        for key, form in (("accuracy", "{:+.2f} ± {:.2f}"), ("nll_scaled", "{:+.3f} ± {:.3f}")):
+            both = [seed for seed in lines if seed in plain]
+            cells.append(form.format(*mean_error([lines[s][key] - plain[s][key] for s in both])) if both else "-")
+        setting = tuned[name]
+        shown.add_row(name, f"{setting['lr']:g}", f"{setting['weight_decay']:g}", str(setting["own"] or ""), *cells)
+    return shown
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="mnist1d-1000-0,mnist1d-1000-20", help="comma-separated: source-size-percent")
+    p.add_argument("--net", default="cnn", help="comma-separated: cnn, mlp")
+    p.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
+    p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--jobs", type=int, default=os.cpu_count())
+    p.add_argument("--tune", action="store_true", help="tune anew what has no setting yet")
+    p.add_argument("--table", action="store_true", help="show what is there and run nothing")
+    args = p.parse_args()
+    names = args.methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            p.error(f"--methods must be some of {', '.join(METHODS)}; got {name!r}.")
+    console = Console(width=170)
+    settings = FOLDER / "tuned.json"
+    every: dict[str, Any] = json.loads(settings.read_text()) if settings.exists() else {}
+    for data, net in itertools.product(args.data.split(","), args.net.split(",")):
+        task = Task(data, net)
+        results = Results(task)
+        pool(task.parts[0])
+        untuned = [name for name in names if name not in every.get(task.name, {})]
+        if untuned and not args.table:
+            if not args.tune:
+                p.error(f"{task.name} has no settings for {', '.join(untuned)} in {settings}: add --tune.")
+            every[task.name] = every.get(task.name, {}) | tune(task, untuned, results, args.jobs, console)
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(json.dumps(every, indent=1) + "\n")
+        if not args.table:
+            study(task, names, args.seeds, every[task.name], results, args.jobs, console)
+        console.print(table(task, results, every.get(task.name, {})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The study of accuracy: its metrics, its methods, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import accuracy
+import pytest
+import torch
+from methods import METHODS
+from rich.console import Console
+
+TASK = accuracy.Task("mnist1d-200-20", "mlp")
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(500, 40, generator=g), torch.randint(10, (500,), generator=g)
+    monkeypatch.setattr(accuracy, "pool", lambda source: (x, y, x[:100], y[:100]))
+    monkeypatch.setattr(accuracy, "steps_of", lambda task: 4)
+    monkeypatch.setattr(accuracy, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(accuracy, "FOLDER", tmp_path / "results")
+    accuracy.pretrained.cache_clear()
+
+
+def test_metrics_are_their_definitions():
+    logits, target = torch.randn(40, 3), torch.arange(40) % 3
+    found = accuracy.metrics(logits, target, 2.0)
+    rows = (logits.double().softmax(-1)).tolist()
+    order = sorted(range(40), key=lambda i: -max(rows[i]))
+    labels = target.tolist()
+    wrong = [rows[i].index(max(rows[i])) != labels[i] for i in range(40)]
+    assert found["accuracy"] == pytest.approx(100 * (1 - sum(wrong) / 40))
+    risks = [sum(wrong[i] for i in order[: n + 1]) / (n + 1) for n in range(40)]
+    assert found["aurc"] == pytest.approx(sum(risks) / 40)
+    brier = [sum((p - (c == labels[i])) ** 2 for c, p in enumerate(rows[i])) for i in range(40)]
+    assert found["brier"] == pytest.approx(float(sum(brier) / 40), rel=1e-5)
+    gap = 0.0
+    for b in range(15):
+        inside = [i for i in range(40) if b / 15 <= max(rows[i]) < (b + 1) / 15]
+        gap += abs(sum(max(rows[i]) - (not wrong[i]) for i in inside)) / 40
+    assert found["ece"] == pytest.approx(100 * gap, rel=1e-5)
+    assert found["nll_scaled"] == pytest.approx(torch.nn.functional.cross_entropy(logits / 2, target).item())
+
+
+def test_the_best_temperature_undoes_a_scale():
+    target = torch.distributions.Categorical(logits=(logits := torch.randn(20_000, 4))).sample()
+    assert accuracy.best_temperature(3 * logits, target) == pytest.approx(3.0, rel=0.1)
+
+
+def test_labels_are_as_wrong_as_the_task_says_and_the_true_ones_are_kept_apart():
+    data = accuracy.draw(TASK, 0)
+    assert len(data.y) == 200
+    assert (data.validation_y != data.validation_true).float().mean() == 0.2
+    x, y, *_ = accuracy.pool("mnist1d")
+    true = torch.stack([y[(x == row).all(-1)][0] for row in data.x])
+    assert (data.y != true).float().mean() == 0.2
+    assert not (data.x.unsqueeze(1) == data.validation_x).all(-1).any()  # nothing is in both
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_says_how_it_did(name):
+    own = METHODS[name]().grid[:1]
+    results = [accuracy.run(accuracy.Run(TASK, name, 0, 0.1, 1e-3, o, (0.1, 1e-3))) for o in (None, *own)]
+    for line in results:
+        assert 0 <= line["accuracy"] <= 100
+        assert line["nll"] > 0
+    if own:
+        assert results[0]["nll"] != results[1]["nll"]  # the setting does something
+    again = accuracy.run(accuracy.Run(TASK, name, 0, 0.1, 1e-3, None, (0.1, 1e-3)))
+    assert again == results[0]
+
+
+def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
+    console = Console(quiet=True)
+    names = ["ce", "label smoothing"]
+    results = accuracy.Results(TASK)
+    tuned = accuracy.tune(TASK, names, results, 1, console)
+    assert set(tuned) == set(names)
+    accuracy.study(TASK, names, 2, tuned, results, 1, console)
+    lines = results.path.read_text().splitlines()
+    found = accuracy.of_study(results, tuned)
+    assert {name: sorted(by_seed) for name, by_seed in found.items()} == {name: [0, 1] for name in names}
+    results.path.write_text("\n".join(lines[:-3]) + "\n")  # stopped three runs earlier
+    again = accuracy.Results(TASK)
+    accuracy.study(TASK, names, 2, accuracy.tune(TASK, names, again, 1, console), again, 1, console)
+    assert sorted(again.path.read_text().splitlines()) == sorted(lines)
+
+
+def test_the_best_setting_is_that_of_the_best_mean():
+    def line(lr, seed, validation):
+        return {"lr": lr, "weight_decay": 0.0, "own": None, "seed": seed, "validation": validation}
+
+    lines = [line(0.1, 0, 90.0), line(0.1, 1, 50.0), line(0.2, 0, 75.0), line(0.2, 1, 74.0)]
+    assert accuracy.best(lines)["lr"] == 0.2
