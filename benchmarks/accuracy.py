@@ -2,7 +2,7 @@
 
     make study                                        # MNIST-1D with the settings in results/accuracy/tuned.json
     python benchmarks/accuracy.py --data mnist1d-1000-20 --net cnn --tune       # tune anew, then run
-    python benchmarks/accuracy.py --table             # what is there, as tables
+    python benchmarks/accuracy.py --table             # what is there, as tables and pictures
 
 A task is a data set with a size and a share of wrong labels (percent), and a network: `mnist1d-1000-20`, `cnn`. Each run is one
 line of `results/accuracy/<task>.jsonl`; what is there is not run again, so a study that was stopped goes on where it was.
@@ -34,13 +34,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import RESULTS, machine
-from methods import METHODS, Method
+from methods import METHODS, OURS, Method
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 FOLDER = RESULTS / "accuracy"
+PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
+PICTURES = Path(__file__).parent.parent / "docs" / "images"
 CACHE = Path("runs") / "study"
 LEARNING_RATES = (0.03, 0.1)
 WEIGHT_DECAYS = (5e-3, 2e-2, 6e-2)
@@ -395,6 +397,95 @@ def table(task: Task, results: Results, tuned: dict[str, Any]) -> Table:
     return shown
 
 
+def markdown(task: Task, results: Results, tuned: dict[str, Any]) -> str:
+    found = of_study(results, tuned)
+    plain = found.get("ce", {})
+    rows = [
+        "| method | accuracy, % | minus ce | NLL, scaled | minus ce | ECE, % | scaled | Brier | AURC |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def shown(lines: dict[int, dict[str, Any]], key: str, form: str) -> tuple[str, str]:
+        mean, error = mean_error([line[key] for line in lines.values()])
+        paired = mean_error([lines[s][key] - plain[s][key] for s in lines if s in plain])
+        own = f"{mean:{form}} ± {error:{form}}"
+        return own, "" if lines is plain else f"{paired[0]:+{form}} ± {paired[1]:{form}}"
+
+    for name, lines in sorted(
+        found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0]
+    ):
+        others = [
+            mean_error([line[key] for line in lines.values()])[0] for key in ("ece", "ece_scaled", "brier", "aurc")
+        ]
+        cells = [*shown(lines, "accuracy", ".2f"), *shown(lines, "nll_scaled", ".3f")]
+        cells += [f"{others[0]:.1f}", f"{others[1]:.1f}", f"{others[2]:.3f}", f"{others[3]:.4f}"]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def page(text: str, task: Task, table: str) -> str:
+    """The text with the task's table between its marks."""
+    start, end = f"<!-- {task.name} -->\n", "\n<!-- end -->"
+    if start not in text:
+        return text
+    before, _, rest = text.partition(start)
+    return before + start + table + end + rest.partition(end)[2]
+
+
+def plot(task: Task, results: Results, tuned: dict[str, Any]) -> Path | None:
+    """What each method gains over cross-entropy, and how often the discriminator was right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {
+        "svg.hashsalt": task.name,
+        "svg.fonttype": "none",
+    }  # the same picture is the same, small file
+    import matplotlib.pyplot as plt
+
+    found = of_study(results, tuned)
+    plain = found.pop("ce", {})
+    gains = {
+        key: {
+            name: mean_error([lines[s][key] - plain[s][key] for s in lines if s in plain])
+            for name, lines in found.items()
+        }
+        for key in ("accuracy", "nll_scaled")
+    }
+    if not plain or not found:
+        return None
+    names = sorted(found, key=lambda name: gains["accuracy"][name][0])
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 0.3 * len(names) + 1.5), layout="constrained", width_ratios=(3, 3, 2)
+    )
+    for axis, key, label in zip(axes, gains, ("accuracy, points", "NLL after temperature scaling, nats"), strict=False):
+        for i, name in enumerate(names):
+            mean, error = gains[key][name]
+            ours = name in OURS
+            axis.errorbar(
+                mean, i, xerr=error, fmt="o", color="tab:blue" if ours else "tab:gray", markersize=5, capsize=2
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=f"{label}, minus cross-entropy's", yticks=range(len(names)))
+        axis.grid(alpha=0.3)
+    axes[0].set_yticklabels(names)
+    axes[1].set_yticklabels([])
+    for name in ("full", "pro+adv", "det+adv", "adversarial"):
+        curves = [line["discriminator_accuracy"] for line in found.get(name, {}).values()]
+        if curves:
+            axes[2].plot(torch.tensor(curves).mean(0), label=name)
+    axes[2].set(xlabel="epoch", ylabel="discriminator right", ylim=(0.3, 1.0))
+    if axes[2].lines:
+        axes[2].legend(fontsize=8)
+    axes[2].grid(alpha=0.3)
+    figure.suptitle(f"{task.name}: mean and standard error of {len(plain)} paired seeds (blue: of this library)")
+    path = PICTURES / f"accuracy-{task.name}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="mnist1d-1000-0,mnist1d-1000-20", help="comma-separated: source-size-percent")
@@ -426,6 +517,8 @@ def main() -> None:
         if not args.table:
             study(task, names, args.seeds, every[task.name], results, args.jobs, console)
         console.print(table(task, results, every.get(task.name, {})))
+        console.print(plot(task, results, every.get(task.name, {})) or "nothing to plot", highlight=False)
+        PAGE.write_text(page(PAGE.read_text(), task, markdown(task, results, every.get(task.name, {}))))
 
 
 if __name__ == "__main__":

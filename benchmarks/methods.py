@@ -303,3 +303,4 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full T2 trusted": candidate(trusted=True),
     "full T2 normalised trusted": candidate(normalised=True, trusted=True),
 }  # type: ignore[assignment]
+OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])

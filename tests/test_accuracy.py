@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import accuracy
 import pytest
 import torch
@@ -19,6 +22,7 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "steps_of", lambda task: 4)
     monkeypatch.setattr(accuracy, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(accuracy, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(accuracy, "PICTURES", tmp_path / "pictures")
     accuracy.pretrained.cache_clear()
 
 
@@ -80,6 +84,8 @@ def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     lines = results.path.read_text().splitlines()
     found = accuracy.of_study(results, tuned)
     assert {name: sorted(by_seed) for name, by_seed in found.items()} == {name: [0, 1] for name in names}
+    assert accuracy.table(TASK, results, tuned).row_count == 2
+    assert accuracy.plot(TASK, results, tuned).read_text().count("label smoothing") == 1
     results.path.write_text("\n".join(lines[:-3]) + "\n")  # stopped three runs earlier
     again = accuracy.Results(TASK)
     accuracy.study(TASK, names, 2, accuracy.tune(TASK, names, again, 1, console), again, 1, console)
@@ -92,3 +98,15 @@ def test_the_best_setting_is_that_of_the_best_mean():
 
     lines = [line(0.1, 0, 90.0), line(0.1, 1, 50.0), line(0.2, 0, 75.0), line(0.2, 1, 74.0)]
     assert accuracy.best(lines)["lr"] == 0.2
+
+
+def test_the_page_shows_what_the_results_say(monkeypatch):
+    """The tables of the documentation, worked out anew from the lines of the runs."""
+    monkeypatch.undo()
+    text, tuned = accuracy.PAGE.read_text(), json.loads((accuracy.FOLDER / "tuned.json").read_text())
+    names = re.findall("<!-- (.*-.*) -->", text)
+    assert names
+    for name in names:
+        task = accuracy.Task(*name.rsplit("-", 1))
+        assert (accuracy.PICTURES / f"accuracy-{name}.svg").exists()
+        assert accuracy.page(text, task, accuracy.markdown(task, accuracy.Results(task), tuned[name])) == text

@@ -137,6 +137,18 @@ def test_second_derivatives_are_right(way):
         assert torch.autograd.gradgradcheck(loss, s)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_comes_down_from_above_multiplies_the_gradient_and_its_gradient(reduction):
+    s, t = torch.randn(3, 4).double().requires_grad_(), torch.randn(3, 4).double()
+    above = torch.tensor([0.5, 2.0, -3.0]).double() if reduction == "none" else torch.tensor(3.0).double()
+    value = deterministic_kd(s, t, temperature=2.0, reduction=reduction)
+    rows = 4 * (t / 2).softmax(-1) * ((t / 2).log_softmax(-1) - (s / 2).log_softmax(-1))
+    expected = rows.sum(-1) if reduction == "none" else rows.sum(-1).mean()
+    slopes = [torch.autograd.grad(x, s, above, create_graph=True)[0] for x in (value, expected)]
+    torch.testing.assert_close(*slopes)
+    torch.testing.assert_close(*[torch.autograd.grad(x.square().sum(), s)[0] for x in slopes])
+
+
 def test_functional_transforms_see_the_same_loss():
     s, t = torch.randn(6, 2, 4), torch.randn(6, 2, 4)
     rows = [with_gradient(lambda x, t=t: deterministic_kd(x, t), s) for s, t in zip(s, t, strict=True)]
