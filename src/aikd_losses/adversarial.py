@@ -279,9 +279,9 @@ class AdversarialDistributionLoss(Carrier):
 
         `discriminator_loss`: what `update` returned. `accuracy`: how often the teacher's row of a sample got the higher
         score (ties count half; of this rank's rows; NaN where there are none). .4 to .8 was seen where it helps; near 1 the
-        student gains little, near 0 the discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or growing
-        without bound means that it has exploded; left out once, after the first step of an optimizer that changes gradients in
-        place. Worked out when asked for: a step that is not logged costs nothing.
+        student gains little, near 0 the discriminator learns the wrong way round. `gradient_norm`: of the step; not finite or
+        growing without bound means that it has exploded; left out once, after the first step of an optimizer that changes
+        gradients in place. Worked out when asked for: a step that is not logged costs nothing.
         """
         if self._seen_last is None:
             return {}
