@@ -33,6 +33,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from cifar_train import MINI, learning_rate, load_idx
 from machine import RESULTS, machine
 from methods import METHODS, OURS, Method
 from rich.console import Console
@@ -93,9 +96,6 @@ def pool(source: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             os.replace(own, path)
         return tuple(torch.load(path, weights_only=True))  # type: ignore[return-value]
     if source == "fashion":
-        sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-        from cifar_train import MINI, load_idx
-
         x, y, test_x, test_y = load_idx(MINI)
         mean, std = x.float().mean(), x.float().std()
         return (x.float() - mean) / std, y, (test_x.float() - mean) / std, test_y
@@ -187,10 +187,6 @@ def best_temperature(logits: Tensor, target: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    return peak * min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def steps_of(task: Task) -> int:
