@@ -122,3 +122,12 @@ def test_every_objective_and_penalty_reads_nothing_from_the_device(tensors, obje
     logits = tensors["student_logits"], tensors["teacher_logits"]
     loss(*logits, mask=tensors["mask"]).backward()
     assert loss.discriminator_loss(*logits, mask=tensors["mask"]).is_meta
+
+
+def test_an_alpha_that_is_a_number_goes_everywhere_and_one_a_position_does_not():
+    s, p = torch.randn(3, 4, device="meta"), torch.rand(3, 4, device="meta")
+    assert progressive_kd(s, p, alpha=torch.tensor(0.5)).is_meta
+    with pytest.raises(ValueError, match="`alpha` must be on the device of `student_logits`, meta; got cpu"):
+        progressive_kd(s, p, alpha=torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="`alpha` must be on the device of `student_logits`, cpu; got meta"):
+        progressive_kd(torch.randn(3, 4), torch.rand(3, 4), alpha=torch.tensor(0.5, device="meta"))

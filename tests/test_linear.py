@@ -173,3 +173,51 @@ def test_the_logits_never_exist_whole(monkeypatch):
             held += event.nbytes()
             most = max(most, held)
     assert most < 0.5 * 512 * 2000 * 4
+
+
+def kl_rows(s, t, temperature):
+    log_q, log_p = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_mean_of_one_position_is_its_value(masked):
+    h, w, other = torch.randn(3, 4).double(), torch.randn(11, 4).double(), torch.randn(11, 4).double()
+    mask = torch.tensor([False, True, False]) if masked else None
+    h = h if masked else h[1:2]
+    value = linear_deterministic_kd(h, w, h, other, temperature=3.0, mask=mask)
+    expected = kl_rows(h @ w.T, h @ other.T, 3.0)[1 if masked else 0]
+    torch.testing.assert_close(value, expected)
+
+
+def test_float32_heads_are_float64_ones_but_for_rounding():
+    h, w, other = torch.randn(15, 64), torch.randn(11, 64), torch.randn(11, 64)
+    value = linear_deterministic_kd(h, w, h, other)
+    expected = kl_rows(h.double() @ w.double().T, h.double() @ other.double().T, 4.0).mean()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_gradients_of_half_precision_heads_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(_linear, "LINEAR_BLOCK", 11)  # a position at a time
+    h, w, other = (torch.randn(size).bfloat16() for size in ((512, 4), (11, 4), (11, 4)))
+    (found,) = torch.autograd.grad(linear_deterministic_kd(h, w.requires_grad_(), h, other, reduction="sum"), w)
+    s, t = (F.linear(h, x) for x in (w.detach(), other))  # as rounded as the logits are
+    q, p = (s.double() / 4).softmax(-1), (t.double() / 4).softmax(-1)
+    expected = 4 * (q - p).T @ h.double()
+    assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "types", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_hidden_states_and_weights_may_have_different_types(types):
+    h, w, b = torch.randn(6, 4).to(types[0]), torch.randn(11, 4).to(types[1]), torch.randn(11).to(types[1])
+    w, h, b = w.requires_grad_(), h.requires_grad_(), b.requires_grad_()
+    t, other = torch.randn(6, 3).to(types[0]), torch.randn(11, 3).to(types[1])
+    value = linear_deterministic_kd(h, w, t, other, student_bias=b)
+    expected = kl_rows(h.double() @ w.double().T + b.double(), t.double() @ other.double().T, 4.0).mean()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+    slopes = torch.autograd.grad(value, (h, w, b))
+    for found, x, right in zip(slopes, (h, w, b), torch.autograd.grad(expected, (h, w, b)), strict=True):
+        assert found.dtype == x.dtype
+        torch.testing.assert_close(found, right, rtol=1e-2, atol=1e-4)

@@ -527,3 +527,62 @@ def test_the_gradient_that_is_differentiated_once_more_is_the_gradient_and_so_is
     along = torch.randn(5, 4).double()
     (curvature,) = torch.autograd.grad((slope * along).sum(), s)
     torch.testing.assert_close(curvature, torch.autograd.grad((expected * along).sum(), s)[0])
+
+
+def kl_rows(s, t, temperature):
+    log_q, log_p = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 3.0])
+def test_a_factor_multiplies_the_value_and_the_gradient(factor):
+    s, t = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    expected = factor * 4.0 * ((s / 4).softmax(-1) - (t / 4).softmax(-1)).detach() / 5
+    torch.testing.assert_close(torch.autograd.grad(factor * deterministic_kd(s, t), s)[0], expected)
+    total, values = LossStack({"kd": DeterministicKD()}, weights={"kd": factor})(student_logits=s, teacher_logits=t)
+    torch.testing.assert_close(total, factor * kl_rows(s, t, 4.0).mean())
+    torch.testing.assert_close(values["kd"], kl_rows(s, t, 4.0).mean().detach())
+    torch.testing.assert_close(torch.autograd.grad(total, s)[0], expected)
+
+
+def test_a_second_derivative_of_sequences_goes_a_position_at_a_time():
+    s, t = torch.randn(2, 3, 4).double().requires_grad_(), torch.randn(2, 3, 4).double()
+
+    def loss(x):
+        return deterministic_kd(x, t, reduction="none", class_dim=-1)
+
+    assert torch.autograd.gradgradcheck(loss, s)
+
+
+@pytest.mark.parametrize("hidden", ["known", "mask"])
+def test_a_second_derivative_leaves_out_what_has_no_share(hidden):
+    s, target = torch.randn(3, 4).double().requires_grad_(), torch.tensor([0, 3, 1])
+    shown = torch.tensor([True, False, True])
+    previous = torch.randn(3, 4).double().softmax(-1) * shown[:, None]
+
+    def loss(x):
+        return progressive_kd(x, previous, target, alpha=0.4, temperature=2.0, reduction="none", **{hidden: shown})
+
+    assert torch.autograd.gradgradcheck(loss, s)
+
+
+def test_a_label_out_of_range_is_found_in_sequences_too():
+    s, previous = torch.randn(2, 9, 3), torch.randn(2, 9, 3).softmax(-1)
+    with pytest.raises(IndexError, match=r"`target` must be in 0\.\.2 "):
+        progressive_kd(s, previous, torch.full((2, 9), 5), alpha=0.5, class_dim=-1)
+
+
+@pytest.mark.parametrize("classes", [31, 32, 40])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_have_their_own_temperature_in_blocks_too(classes, temperature, monkeypatch):
+    monkeypatch.setattr(_soft_targets, "BLOCK", 2 * classes)  # two rows at a time, and one
+    s, previous, target = (
+        torch.randn(7, classes, requires_grad=True),
+        torch.randn(7, classes).softmax(-1),
+        torch.arange(7),
+    )
+    value = progressive_kd(s, previous, target, alpha=0.3, temperature=temperature)
+    soft = -(previous * (s / temperature).log_softmax(-1)).sum(-1).mean()
+    expected = 0.7 * F.cross_entropy(s, target) + 0.3 * temperature**2 * soft
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, s)[0], torch.autograd.grad(expected, s)[0])

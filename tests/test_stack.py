@@ -13,10 +13,12 @@ from aikd_losses import (
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
+    EMATargets,
     IndexedDataset,
     LinearRamp,
     LossStack,
     ProgressiveKD,
+    ZeroCenteredPenalty,
 )
 
 N, C = 6, 3
@@ -382,3 +384,26 @@ def test_a_batch_fetch_of_the_data_set_is_used():
 
     with pytest.raises(ValueError, match="zip"):
         IndexedDataset(Lossy()).__getitems__([3, 1])
+
+
+def test_the_settings_of_the_method_reach_its_parts():
+    store = EMATargets(16, 3)
+    penalty = ZeroCenteredPenalty(2.0)
+    loss = AIKDLoss(16, 3, 4, targets=store, penalty=penalty, learning_rate=0.02, class_dim=-1)
+    terms = loss.terms
+    assert terms["progressive"].targets is store
+    assert terms["adversarial"].penalty is penalty
+    assert [term.class_dim for term in terms.values()] == [-1, -1, -1]
+    (group,) = terms["adversarial"].optimizer.param_groups
+    assert (group["lr"], group["betas"]) == (0.02, (0.5, 0.9))
+    assert AIKDLoss(16, 3, 4).terms["adversarial"].optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_stack_refuses_an_epoch_before_the_first():
+    stack = LossStack({"ce": nn.CrossEntropyLoss()})
+    stack.advance_epoch()
+    with pytest.raises(ValueError, match="`epoch` must be at least 0; got -1"):
+        stack.advance_epoch(-1)
+    with pytest.raises(RuntimeError, match="`epoch` must be at least 0; got -1"):
+        stack.load_state_dict({"epoch": torch.tensor(-1)})
+    assert stack.epoch == 1

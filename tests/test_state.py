@@ -700,3 +700,18 @@ def test_an_ema_of_the_weights_as_a_progressive_teacher():
     fresh = AveragedModel(network(), multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True).eval()
     fresh.load_state_dict(average.state_dict())
     assert same(fresh(X), average(X))
+
+
+def test_a_frozen_teacher_is_a_copy_unless_told_otherwise_and_takes_keywords():
+    class Scaled(nn.Linear):
+        def forward(self, x, scale=1.0):
+            return scale * super().forward(x)
+
+    model = Scaled(2, 3)
+    teacher = FrozenTeacher(model)
+    assert teacher.model is not model
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(teacher(x, scale=2.0), 2.0 * teacher(x))
+    assert teacher.eval().train().training

@@ -768,3 +768,24 @@ def test_a_store_that_was_moved_copied_or_unpickled_looks_anew_whether_it_is_com
     assert store.complete
     assert not copy.deepcopy(store).complete
     assert not store.to("meta").to_empty(device="cpu").complete
+
+
+def test_a_complete_store_is_read_for_sequences_too():
+    loss = ProgressiveKD(CachedTargets(6, 3, dtype=torch.float32), class_dim=1)
+    rows = torch.randn(6, 3).softmax(-1)
+    loss.targets.write(torch.arange(6), rows)
+    loss.targets.advance_epoch()
+    s, index = torch.randn(2, 3, 3), torch.arange(6).view(2, 3)
+    value = loss(s, index=index)
+    expected = -0.5 * (rows.view(2, 3, 3) * s.movedim(1, -1).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(value, expected)
+
+
+def test_a_checkpoints_classes_are_checked_at_both_ends():
+    store, other = (CachedTargets(4, 3, top_k=1) for _ in range(2))
+    store.load_state_dict(other.state_dict())  # a new one's classes are all 0
+    for wrong in (3, 4, 255):
+        state = copy.deepcopy(other.state_dict())
+        state["classes"][2] = wrong
+        with pytest.raises(RuntimeError, match=r"`classes` in the checkpoint must be in 0\.\.2"):
+            store.load_state_dict(state)

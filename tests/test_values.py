@@ -366,3 +366,78 @@ def test_a_new_spectral_layer_starts_from_a_good_estimate():
         layer = SpectralLinear(4, 3).eval()
         slope = layer(torch.eye(4)) - layer(torch.zeros(1, 4))
         assert torch.linalg.matrix_norm(slope, 2).item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_learned_alpha_at_the_ends_has_its_gradient(alpha):
+    s, previous, target = torch.randn(3, 4), torch.randn(3, 4).softmax(-1), torch.tensor([0, 3, 1])
+    a = torch.tensor(alpha, requires_grad=True)
+    (slope,) = torch.autograd.grad(progressive_kd(s, previous, target, alpha=a), a)
+    soft, hard = -(previous * s.log_softmax(-1)).sum(-1).mean(), F.cross_entropy(s, target)
+    torch.testing.assert_close(slope, soft - hard)
+
+
+def test_nan_under_a_mask_stays_out_of_a_learned_alphas_gradient():
+    s, previous, mask = torch.randn(3, 4), torch.randn(3, 4).softmax(-1), torch.tensor([True, False, True])
+    s[1] = torch.nan
+    s.requires_grad_()
+    a = torch.tensor(0.5, requires_grad=True)
+    slopes = torch.autograd.grad(progressive_kd(s, previous, torch.tensor([0, 3, 1]), alpha=a, mask=mask), (s, a))
+    assert all(x.isfinite().all() for x in slopes)
+    assert (slopes[0][1] == 0).all()
+
+
+def test_ignored_labels_are_ignored_by_an_alpha_of_one_too():
+    s, previous = torch.randn(3, 4), torch.randn(3, 4).softmax(-1)
+    target, mask = torch.tensor([1, -100, 2]), torch.tensor([True, False, True])
+    value = progressive_kd(s, previous, target, alpha=1.0, mask=mask)
+    torch.testing.assert_close(value, -(previous * s.log_softmax(-1)).sum(-1)[mask].mean())
+
+
+def test_nan_under_a_mask_stays_out_of_the_discriminators_gradient():
+    s, t, d = torch.randn(3, 3), torch.randn(3, 3), nn.Linear(3, 1)
+    s[1] = t[1] = torch.nan
+    AdversarialDistributionLoss(d).discriminator_loss(s, t, mask=torch.tensor([True, False, True])).backward()
+    assert d.weight.grad.isfinite().all()
+
+
+def test_what_the_discriminator_sees_of_an_excluded_class_is_zero():
+    seen = []
+
+    class Look(nn.Linear):
+        def forward(self, x):
+            seen.append(x.detach())
+            return super().forward(x)
+
+    s = torch.tensor([[-torch.inf, 1.0, 0.0]])
+    AdversarialDistributionLoss(Look(3, 1), inputs="log_probs")(s, torch.randn(1, 3))
+    torch.testing.assert_close(seen[0], torch.cat([torch.zeros(1, 1), s[:, 1:].log_softmax(-1)], -1))
+
+
+def test_a_half_precision_discriminator_scores_in_float32():
+    d = nn.Linear(3, 1).bfloat16()
+    loss = AdversarialDistributionLoss(d, objective="wasserstein")
+    s = torch.randn(5, 3, requires_grad=True)
+    value = loss(s, torch.randn(5, 3))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, -d(s.softmax(-1).bfloat16()).float().mean())
+
+
+def test_a_condition_has_any_axes_and_what_is_masked_is_zero():
+    seen = []
+
+    class Conditional(nn.Linear):
+        def forward(self, x, condition):
+            seen.append(condition.detach())
+            return super().forward(x)
+
+    s, t, condition = torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(2, 5, 7)
+    mask = torch.arange(10).view(2, 5) % 3 != 0
+    AdversarialDistributionLoss(Conditional(3, 1), class_dim=-1)(s, t, mask=mask, condition=condition)
+    torch.testing.assert_close(seen[0], (condition * mask[..., None]).view(10, 7))
+
+
+def test_an_adversarial_temperature_divides_the_logits():
+    s, t, d = torch.randn(5, 3), torch.randn(5, 3), nn.Linear(3, 1)
+    loss = AdversarialDistributionLoss(d, objective="wasserstein", temperature=2.0)
+    torch.testing.assert_close(loss(s, t), -d((s / 2).softmax(-1)).mean())
