@@ -32,7 +32,7 @@ coverage: .venv/ready        ## every line and branch of src/ is run by a test, 
 soak: .venv/ready            ## long runs, kills, a store for ImageNet at full size; writes benchmarks/results/
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
-mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut; about an hour; writes benchmarks/results/
+mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut; more than an hour; writes benchmarks/results/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(ARGS)
 	$(BIN)/python benchmarks/mutation.py
