@@ -441,3 +441,13 @@ def test_an_adversarial_temperature_divides_the_logits():
     s, t, d = torch.randn(5, 3), torch.randn(5, 3), nn.Linear(3, 1)
     loss = AdversarialDistributionLoss(d, objective="wasserstein", temperature=2.0)
     torch.testing.assert_close(loss(s, t), -d((s / 2).softmax(-1)).mean())
+
+
+@pytest.mark.parametrize("what", ["known", "mask"])
+def test_float64_logits_take_alpha_as_it_is_whatever_is_left_out(what):
+    s, previous, target = torch.randn(3, 4).double(), torch.randn(3, 4).double().softmax(-1), torch.tensor([0, 3, 1])
+    shown = torch.tensor([True, False, True])
+    value = progressive_kd(s, previous, target, alpha=0.3, reduction="none", **{what: shown})
+    soft, hard = -(previous * s.log_softmax(-1)).sum(-1), F.cross_entropy(s, target, reduction="none")
+    expected = torch.where(shown, 0.3 * soft + 0.7 * hard, hard if what == "known" else 0.0)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)

@@ -172,6 +172,7 @@ def _scaled_parts(
     and has no share."""
     mask = terms[0].mask
     hidden = None if mask is None else ~mask.reshape(-1)
+    shown = None if mask is None else mask.reshape(-1).to(wide_type(student))  # a number times a bool would be float32
     found, counts = [], []
     for term, weight in zip(terms, weights, strict=True):
         count = _count(term, student)
@@ -180,8 +181,8 @@ def _scaled_parts(
             rowwise = term.reduction == "none"
             if type(share) is not float and share.ndim:  # type: ignore[union-attr]
                 share, rowwise = share.reshape(-1), True  # type: ignore[union-attr]
-            if hidden is not None:
-                share, rowwise = share * ~hidden, True
+            if shown is not None:
+                share, rowwise = share * shown, True
             slope = weight * share * (temperature / count)
             target = _flat(target, hidden, int(target.is_floating_point()))
             found.append(_Scaled(target, temperature, share, is_logits, slope, rowwise))
