@@ -484,7 +484,7 @@ def plot(task: Task, results: Results, tuned: dict[str, Any]) -> Path | None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="mnist1d-1000-0,mnist1d-1000-20", help="comma-separated: source-size-percent")
+    p.add_argument("--data", default="mnist1d-1000-20", help="comma-separated: source-size-percent")
     p.add_argument("--net", default="cnn", help="comma-separated: cnn, mlp")
     p.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
     p.add_argument("--seeds", type=int, default=10)
