@@ -92,9 +92,8 @@ class Carrier(nn.Module):
             else:
                 state.pop(key, None)
         without_values = any(own.is_meta for own, _ in copies.values())  # on both sides: nothing to load
-        if not (
-            errors or missing or without_values
-        ):  # all or nothing: a table without its flags would be silently wrong
+        # All or nothing: a table without its flags would be silently wrong.
+        if not (errors or missing or without_values):
             self._before_load()
             for own, saved in copies.values():
                 own.copy_(saved.detach())

@@ -233,7 +233,7 @@ class _Table(Carrier):
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         classes = saved.get("classes")
-        if classes is None or classes.is_meta:
+        if classes is None:
             return
         if not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
