@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from cifar_train import MINI, learning_rate, load_idx
+from cifar_train import HUB, MINI, learning_rate, load_hub, load_idx, resnet18
 from machine import RESULTS, machine
 from methods import METHODS, OURS, Method
 from rich.console import Console
@@ -85,21 +85,31 @@ class Data:
 
 
 @functools.lru_cache(maxsize=2)
-def pool(source: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What training and validation sets are drawn from, and the test set."""
-    if source == "mnist1d":
-        path = CACHE / "mnist1d.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}")
-            torch.save(generate_mnist1d(), own)
-            os.replace(own, path)
-        return tuple(torch.load(path, weights_only=True))  # type: ignore[return-value]
-    if source == "fashion":
+def pool(source: str, folder: Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What training and validation sets are drawn from, and the test set; kept in a file, which the workers read."""
+    path = CACHE / f"{source}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        torch.save(generate_mnist1d() if source == "mnist1d" else images(source, folder), own)
+        os.replace(own, path)
+    return tuple(torch.load(path, weights_only=True))  # type: ignore[return-value]
+
+
+def images(source: str, folder: Path | None) -> tuple[Tensor, ...]:
+    """By the loaders of the example, with the mean and deviation of the training images at 0 and 1."""
+    if source == "fashion-mnist-mini":
         x, y, test_x, test_y = load_idx(MINI)
-        mean, std = x.float().mean(), x.float().std()
-        return (x.float() - mean) / std, y, (test_x.float() - mean) / std, test_y
-    raise SystemExit(f"accuracy.py: no data set is called {source!r}; there are mnist1d and fashion.")
+    elif source not in HUB:
+        known = ", ".join(("mnist1d", "fashion-mnist-mini", *HUB))
+        raise SystemExit(f"accuracy.py: no data set is called {source!r}; there are {known}.")
+    elif folder is not None and list(folder.glob("*-ubyte*")):
+        x, y, test_x, test_y = load_idx(folder)
+    else:
+        x, y, test_x, test_y = load_hub(argparse.Namespace(dataset=source, data_dir=folder))
+    pixels = x.float()
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True)
+    return (pixels - mean) / std, y, (test_x.float() - mean) / std, test_y
 
 
 def generate_mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,20 +148,25 @@ def draw(task: Task, seed: int) -> Data:
 
 def network(task: Task, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    source = task.parts[0]
-    if source == "mnist1d":
-        if task.net == "mlp":
-            return nn.Sequential(nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-        convs: list[nn.Module] = [nn.Unflatten(1, (1, 40))]
-        for fan_in in (1, 25, 25):
-            convs += [nn.Conv1d(fan_in, 25, 5, 2, 2, bias=False), nn.BatchNorm1d(25), nn.ReLU()]
-        return nn.Sequential(*convs, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(25, 10))
+    x, y, *_ = pool(task.parts[0])
+    shape, classes = x.shape[1:], int(y.max()) + 1
+    if task.net == "resnet18":
+        return resnet18(shape[0], shape[-1], classes)
     if task.net == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
-    convs = []
-    for fan_in, fan_out in ((1, 8), (8, 16)):
-        convs += [nn.Conv2d(fan_in, fan_out, 3, 1, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(784, 10))
+        widths = (shape.numel(), 100, 100)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+    if len(shape) == 1:
+        layers = [nn.Unflatten(1, (1, -1))]
+        for fan_in in (1, 25, 25):
+            layers += [nn.Conv1d(fan_in, 25, 5, 2, 2, bias=False), nn.BatchNorm1d(25), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(25, classes))
+    layers = []
+    for fan_in, fan_out in ((shape[0], 16), (16, 32)):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, 2, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * math.prod((n + 3) // 4 for n in shape[1:]), classes))
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -487,6 +502,7 @@ def main() -> None:
     p.add_argument("--data", default="mnist1d-1000-20", help="comma-separated: source-size-percent")
     p.add_argument("--net", default="cnn", help="comma-separated: cnn, mlp")
     p.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
+    p.add_argument("--data-dir", type=Path, help="folder of the IDX or parquet files of an image data set")
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--tune", action="store_true", help="tune anew what has no setting yet")
@@ -502,7 +518,7 @@ def main() -> None:
     for data, net in itertools.product(args.data.split(","), args.net.split(",")):
         task = Task(data, net)
         results = Results(task)
-        pool(task.parts[0])
+        pool(task.parts[0], args.data_dir)
         untuned = [name for name in names if name not in every.get(task.name, {})]
         if untuned and not args.table:
             if not args.tune:
