@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,15 @@ from aikd_losses import (
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
+    EMATargets,
     GradientPenalty,
     LinearRamp,
     LossStack,
     MLPDiscriminator,
     ProgressiveKD,
 )
+
+Settings = Callable[[int, int], dict[str, Any]]  # of AIKDLoss, for so many samples and classes
 
 
 class Method:
@@ -232,13 +236,17 @@ def parts(*terms: str, of: str, values: tuple[float, ...]) -> type[Method]:
 
 
 class Full(Stack):
-    """AIKDLoss as it comes; `own` is the weight of the adversarial term."""
+    """AIKDLoss as it comes, but for the settings given; `own` is the weight of the adversarial term."""
 
     grid = (0.3, 3.0)
 
+    def __init__(self, own: float | None = None, settings: Settings = lambda n, classes: {}) -> None:
+        super().__init__(own)
+        self.settings = settings
+
     def criterion(self, n: int, classes: int) -> LossStack:
         weights = {} if self.own is None else {"adversarial": self.own}
-        return AIKDLoss(n, classes, self.epochs, weights=weights)
+        return AIKDLoss(n, classes, self.epochs, **{"weights": weights, **self.settings(n, classes)})
 
 
 class Candidate(Stack):
@@ -304,3 +312,41 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full T2 normalised trusted": candidate(normalised=True, trusted=True),
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
+
+
+def fixed(**settings: Any) -> Settings:
+    return lambda n, classes: settings
+
+
+def layers(*hidden: int) -> Settings:
+    return lambda n, classes: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
+
+
+def averaged(decay: float) -> Settings:
+    return lambda n, classes: dict(targets=EMATargets(n, classes, decay=decay))
+
+
+# One setting of AIKDLoss at a time, the others as they come.
+VARIED: dict[str, dict[str, Settings]] = {
+    "temperature": {f"{t:g}": fixed(temperature=t) for t in (1.0, 2.0, 4.0, 8.0)},
+    "alpha, last value": {f"{a:g}": fixed(alpha=a) for a in (0.0, 0.4, 0.6, 0.8, 0.95)},
+    "weight of the deterministic term": {
+        f"{s:g}": fixed(weights={"progressive": 1 - s, "deterministic": s}) for s in (0.0, 0.25, 0.5, 0.75, 1.0)
+    },
+    "weight of the adversarial term": {
+        f"{w:g}": fixed(weights={"adversarial": w}) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+    },
+    "gradient penalty": {f"{w:g}": fixed(penalty=GradientPenalty(w)) for w in (0.1, 1.0, 10.0, 100.0)},
+    "discriminator's learning rate": {f"{lr:g}": fixed(learning_rate=lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
+    "discriminator's layers": {"16": layers(16), "64, 64": layers(64, 64), "256, 256": layers(256, 256)},
+    "objective": {
+        name: fixed(objective=name)
+        for name in ("wasserstein", "non_saturating", "least_squares", "hinge", "relativistic")
+    },
+    "store: decay of an average": {f"{d:g}": averaged(d) for d in (0.0, 0.3, 0.6, 0.9)},
+}
+VARIANTS = {
+    f"full, {setting} {value}": functools.partial(Full, settings=settings)
+    for setting, values in VARIED.items()
+    for value, settings in values.items()
+}

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import accuracy
 import pytest
+import report
+import scores
+import sensitivity
+import tasks
 import torch
-from methods import METHODS
+from methods import METHODS, VARIANTS, VARIED
 from rich.console import Console
 
 TASK = accuracy.Task("mnist1d-200-20", "mlp")
+ONLY_OTHERS = ("store: decay of an average",)  # none of its values is the default
 
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(500, 40, generator=g), torch.randint(10, (500,), generator=g)
-    monkeypatch.setattr(accuracy, "pool", lambda source: (x, y, x[:100], y[:100]))
+    monkeypatch.setattr(tasks, "pool", lambda source, folder=None: (x, y, x[:100], y[:100]))
     monkeypatch.setattr(accuracy, "steps_of", lambda task: 4)
-    monkeypatch.setattr(accuracy, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(accuracy, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(accuracy, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
     accuracy.pretrained.cache_clear()
 
 
 def test_metrics_are_their_definitions():
     logits, target = torch.randn(40, 3), torch.arange(40) % 3
-    found = accuracy.metrics(logits, target, 2.0)
+    found = scores.metrics(logits, target, 2.0)
     rows = (logits.double().softmax(-1)).tolist()
     order = sorted(range(40), key=lambda i: -max(rows[i]))
     labels = target.tolist()
@@ -48,14 +54,14 @@ def test_metrics_are_their_definitions():
 
 def test_the_best_temperature_undoes_a_scale():
     target = torch.distributions.Categorical(logits=(logits := torch.randn(20_000, 4))).sample()
-    assert accuracy.best_temperature(3 * logits, target) == pytest.approx(3.0, rel=0.1)
+    assert scores.best_temperature(3 * logits, target) == pytest.approx(3.0, rel=0.1)
 
 
 def test_labels_are_as_wrong_as_the_task_says_and_the_true_ones_are_kept_apart():
-    data = accuracy.draw(TASK, 0)
+    data = tasks.draw(TASK, 0)
     assert len(data.y) == 200
     assert (data.validation_y != data.validation_true).float().mean() == 0.2
-    x, y, *_ = accuracy.pool("mnist1d")
+    x, y, *_ = tasks.pool("mnist1d")
     true = torch.stack([y[(x == row).all(-1)][0] for row in data.x])
     assert (data.y != true).float().mean() == 0.2
     assert not (data.x.unsqueeze(1) == data.validation_x).all(-1).any()  # nothing is in both
@@ -71,7 +77,7 @@ def test_every_method_trains_and_says_how_it_did(name):
     if own:
         assert results[0]["nll"] != results[1]["nll"]  # the setting does something
     again = accuracy.run(accuracy.Run(TASK, name, 0, 0.1, 1e-3, None, (0.1, 1e-3)))
-    assert again == results[0]
+    assert again | {"seconds": 0} == results[0] | {"seconds": 0}
 
 
 def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
@@ -84,12 +90,43 @@ def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     lines = results.path.read_text().splitlines()
     found = accuracy.of_study(results, tuned)
     assert {name: sorted(by_seed) for name, by_seed in found.items()} == {name: [0, 1] for name in names}
-    assert accuracy.table(TASK, results, tuned).row_count == 2
-    assert accuracy.plot(TASK, results, tuned).read_text().count("label smoothing") == 1
+    assert report.table(TASK, found, tuned).row_count == 2
+    assert report.plot(TASK, found).read_text().count("label smoothing") == 1
     results.path.write_text("\n".join(lines[:-3]) + "\n")  # stopped three runs earlier
     again = accuracy.Results(TASK)
     accuracy.study(TASK, names, 2, accuracy.tune(TASK, names, again, 1, console), again, 1, console)
-    assert sorted(again.path.read_text().splitlines()) == sorted(lines)
+
+    def untimed(text):
+        return sorted(re.sub('"seconds": [0-9.]+', "", line) for line in text)
+
+    assert untimed(again.path.read_text().splitlines()) == untimed(lines)
+
+
+def test_a_varied_setting_is_the_only_difference():
+    """A variant whose value is the default's is the default, to the last bit, and others are something else (not all of them
+    in four steps: a large penalty shows late)."""
+    teacher = (0.1, 1e-3)
+    default = accuracy.run(accuracy.Run(TASK, "full", 0, 0.1, 1e-3, None, teacher))["nll"]
+    for setting, values in VARIED.items():
+        same = [
+            accuracy.run(accuracy.Run(TASK, f"full, {setting} {value}", 0, 0.1, 1e-3, None, teacher))["nll"] == default
+            for value in values
+        ]
+        assert any(same) == (setting not in ONLY_OTHERS), setting
+        assert not all(same), setting
+
+
+def test_sensitivity_is_drawn_from_the_runs(monkeypatch):
+    tuned = {"ce": dict(lr=0.1, weight_decay=1e-3), "full": dict(lr=0.1, weight_decay=1e-3)}
+    accuracy.FOLDER.mkdir()
+    (accuracy.FOLDER / "tuned.json").write_text(json.dumps({TASK.name: tuned}))
+    monkeypatch.setattr(sensitivity, "FOLDER", accuracy.FOLDER)
+    argv = ["sensitivity", "--data", TASK.data, "--net", TASK.net, "--seeds", "2", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    sensitivity.main()
+    assert len(accuracy.Results(TASK).done) == 2 * (1 + len(VARIANTS))
+    drawn = (report.PICTURES / f"sensitivity-{TASK.name}.svg").read_text()
+    assert all(setting in drawn for setting in VARIED)
 
 
 def test_the_best_setting_is_that_of_the_best_mean():
@@ -103,10 +140,11 @@ def test_the_best_setting_is_that_of_the_best_mean():
 def test_the_page_shows_what_the_results_say(monkeypatch):
     """The tables of the documentation, worked out anew from the lines of the runs."""
     monkeypatch.undo()
-    text, tuned = accuracy.PAGE.read_text(), json.loads((accuracy.FOLDER / "tuned.json").read_text())
+    text, tuned = report.PAGE.read_text(), json.loads((accuracy.FOLDER / "tuned.json").read_text())
     names = re.findall("<!-- (.*-.*) -->", text)
     assert names
     for name in names:
         task = accuracy.Task(*name.rsplit("-", 1))
-        assert (accuracy.PICTURES / f"accuracy-{name}.svg").exists()
-        assert accuracy.page(text, task, accuracy.markdown(task, accuracy.Results(task), tuned[name])) == text
+        assert (report.PICTURES / f"accuracy-{name}.svg").exists()
+        found = accuracy.of_study(accuracy.Results(task), tuned[name])
+        assert report.page(text, task, report.markdown(found)) == text
