@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report
 import tasks
 import torch
 from cifar_train import learning_rate
 from machine import RESULTS, machine
-from methods import METHODS, VARIANTS, Method
-from report import PAGE, Found, markdown, page, plot, table
+from methods import DEFAULTS, METHODS, VARIANTS, Method
+from report import Found, between, plot, summary, table, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scores import best_temperature, metrics
@@ -222,6 +223,26 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
     return found
 
 
+def studied(every: dict[str, Any]) -> dict[Task, Found]:
+    """What was run on the seeds of the study, of every task."""
+    found = {}
+    for name, tuned in every.items():
+        task = Task(*name.rsplit("-", 1))
+        of_task = of_study(Results(task), tuned)
+        if len(of_task.get("ce", {})) > 1:
+            found[task] = of_task
+    return found
+
+
+def write_pages(every: dict[str, Any]) -> None:
+    found = studied(every)
+    for task, of_task in found.items():
+        plot(task, of_task)
+    (report.DOCS / "accuracy-tables.md").write_text(tables(found))
+    page = report.DOCS / "accuracy.md"
+    page.write_text(between(page.read_text(), "summary", summary(found, DEFAULTS)))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="mnist1d-1000-20", help="comma-separated: source-size-percent")
@@ -253,10 +274,8 @@ def main() -> None:
             settings.write_text(json.dumps(every, indent=1) + "\n")
         if not args.table:
             study(task, names, args.seeds, every[task.name], results, args.jobs, console)
-        found = of_study(results, every.get(task.name, {}))
-        console.print(table(task, found, every.get(task.name, {})))
-        console.print(plot(task, found) or "nothing to plot", highlight=False)
-        PAGE.write_text(page(PAGE.read_text(), task, markdown(found)))
+        console.print(table(task, of_study(results, every.get(task.name, {})), every.get(task.name, {})))
+    write_pages(every)
 
 
 if __name__ == "__main__":

@@ -312,6 +312,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full T2 normalised trusted": candidate(normalised=True, trusted=True),
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
+DEFAULTS = ("full", "full T2", "full T2 normalised")  # that the summary compares
+RIVALS = tuple(
+    list(METHODS)[1 : list(METHODS).index("adversarial")]
+)  # single ones, the terms that others published among them
 
 
 def fixed(**settings: Any) -> Settings:

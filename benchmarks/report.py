@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import OURS
+from methods import OURS, RIVALS
 from rich.table import Table
 from tasks import Task
 
-PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
-PICTURES = Path(__file__).parent.parent / "docs" / "images"
+DOCS = Path(__file__).parent.parent / "docs"
+PICTURES = DOCS / "images"
+TABLES_HEAD = """# Accuracy: every table
+
+Mean ± standard error over the seeds; differences to cross-entropy ("ce") are paired over seeds. How they were measured, and
+what they mean: [accuracy](accuracy.md). Written by `python benchmarks/accuracy.py --table` from the lines in
+[`benchmarks/results/accuracy/`](../benchmarks/results/accuracy)."""
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method, by seed
 
 
@@ -24,8 +29,9 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 
 def table(task: Task, found: Found, tuned: dict[str, Any]) -> Table:
-    plain = found.get("ce", {})
-    shown = Table(title=f"{task.name}: {len(plain)} seeds, mean ± standard error; differences to ce, paired")
+    shown = Table(
+        title=f"{task.name}: {len(found.get('ce', {}))} seeds, mean ± standard error; differences to ce, paired"
+    )
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         ("accuracy, %", "accuracy", "{:.2f}".format), ("NLL", "nll", "{:.3f}".format),
         ("NLL, scaled", "nll_scaled", "{:.3f}".format), ("ECE, %", "ece", "{:.1f}".format),
@@ -41,25 +47,22 @@ def table(task: Task, found: Found, tuned: dict[str, Any]) -> Table:
             mean, error = mean_error([r[key] for r in lines.values()])
             cells.append(f"{form(mean)} ± {form(error)}" if key == "accuracy" else form(mean))
         for key, form in (("accuracy", "{:+.2f} ± {:.2f}"), ("nll_scaled", "{:+.3f} ± {:.3f}")):
-            both = [seed for seed in lines if seed in plain]
-            cells.append(form.format(*mean_error([lines[s][key] - plain[s][key] for s in both])) if both else "-")
+            cells.append(form.format(*gain(found, name, "ce", key)) if found.get("ce") else "-")
         setting = tuned[name]
         shown.add_row(name, f"{setting['lr']:g}", f"{setting['weight_decay']:g}", str(setting["own"] or ""), *cells)
     return shown
 
 
 def markdown(found: Found) -> str:
-    plain = found.get("ce", {})
     rows = [
         "| method | accuracy, % | minus ce | NLL, scaled | minus ce | ECE, % | scaled | Brier | AURC |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
-    def shown(lines: dict[int, dict[str, Any]], key: str, form: str) -> tuple[str, str]:
-        mean, error = mean_error([line[key] for line in lines.values()])
-        paired = mean_error([lines[s][key] - plain[s][key] for s in lines if s in plain])
+    def shown(name: str, key: str, form: str) -> tuple[str, str]:
+        mean, error = mean_error([line[key] for line in found[name].values()])
         own = f"{mean:{form}} ± {error:{form}}"
-        return own, "" if lines is plain else f"{paired[0]:+{form}} ± {paired[1]:{form}}"
+        return own, "" if name == "ce" else "{:+{form}} ± {:{form}}".format(*gain(found, name, "ce", key), form=form)
 
     for name, lines in sorted(
         found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0]
@@ -67,19 +70,57 @@ def markdown(found: Found) -> str:
         others = [
             mean_error([line[key] for line in lines.values()])[0] for key in ("ece", "ece_scaled", "brier", "aurc")
         ]
-        cells = [*shown(lines, "accuracy", ".2f"), *shown(lines, "nll_scaled", ".3f")]
+        cells = [*shown(name, "accuracy", ".2f"), *shown(name, "nll_scaled", ".3f")]
         cells += [f"{others[0]:.1f}", f"{others[1]:.1f}", f"{others[2]:.3f}", f"{others[3]:.4f}"]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def page(text: str, task: Task, table: str) -> str:
-    """The text with the task's table between its marks."""
-    start, end = f"<!-- {task.name} -->\n", "\n<!-- end -->"
-    if start not in text:
-        return text
-    before, _, rest = text.partition(start)
-    return before + start + table + end + rest.partition(end)[2]
+def gain(found: Found, name: str, other: str, key: str) -> tuple[float, float]:
+    """Mean and standard error of the difference over the seeds that both have."""
+    both = found[name].keys() & found[other].keys()
+    return mean_error([found[name][s][key] - found[other][s][key] for s in sorted(both)])
+
+
+def best_rival(found: Found, key: str) -> str:
+    """The best of what is not this library's combination of terms, by what it reached on the test set itself: hindsight that
+    only a rival is given."""
+    sign = -1 if key == "accuracy" else 1
+    rivals = [name for name in found if name in RIVALS]
+    return min(rivals, key=lambda name: sign * mean_error([line[key] for line in found[name].values()])[0])
+
+
+def summary(every: dict[Task, Found], names: tuple[str, ...]) -> str:
+    """A row a task: what `names` gain over cross-entropy and over the best rival."""
+    rows = [
+        "| task | ce, % | " + " | ".join(f"{name} - ce" for name in names) + " | best rival | "
+        + " | ".join(f"{name} - rival" for name in names) + " |",
+        "|---" * (3 + 2 * len(names)) + "|",
+    ]  # fmt: skip
+    for task, found in every.items():
+        rival = best_rival(found, "accuracy")
+        cells = [task.name, f"{mean_error([line['accuracy'] for line in found['ce'].values()])[0]:.2f}"]
+        for other in ("ce", rival):
+            cells += [] if other == "ce" else [rival]
+            for name in names:
+                cells.append("{:+.2f} ± {:.2f}".format(*gain(found, name, other, "accuracy")) if name in found else "-")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def tables(every: dict[Task, Found]) -> str:
+    parts = [TABLES_HEAD]
+    for task, found in every.items():
+        parts += [f"## {task.name}", f"![What each method gains](images/accuracy-{task.name}.svg)", markdown(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def between(text: str, mark: str, body: str) -> str:
+    """The text with `body` between its marks."""
+    start, end = f"<!-- {mark} -->\n", "\n<!-- end -->"
+    before, found, rest = text.partition(start)
+    assert found, mark
+    return before + start + body + end + rest.partition(end)[2]
 
 
 @contextlib.contextmanager
@@ -104,11 +145,7 @@ def plot(task: Task, found: Found) -> Path | None:
     if not plain or len(found) < 2:
         return None
     gains = {
-        key: {
-            name: mean_error([lines[s][key] - plain[s][key] for s in lines if s in plain])
-            for name, lines in found.items()
-            if name != "ce"
-        }
+        key: {name: gain(found, name, "ce", key) for name in found if name != "ce"}
         for key in ("accuracy", "nll_scaled")
     }
     names = sorted(gains["accuracy"], key=lambda name: gains["accuracy"][name][0])

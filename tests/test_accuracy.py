@@ -13,7 +13,7 @@ import scores
 import sensitivity
 import tasks
 import torch
-from methods import METHODS, VARIANTS, VARIED
+from methods import DEFAULTS, METHODS, VARIANTS, VARIED
 from rich.console import Console
 
 TASK = accuracy.Task("mnist1d-200-20", "mlp")
@@ -137,14 +137,23 @@ def test_the_best_setting_is_that_of_the_best_mean():
     assert accuracy.best(lines)["lr"] == 0.2
 
 
-def test_the_page_shows_what_the_results_say(monkeypatch):
+def test_the_pages_show_what_the_results_say(monkeypatch):
     """The tables of the documentation, worked out anew from the lines of the runs."""
     monkeypatch.undo()
-    text, tuned = report.PAGE.read_text(), json.loads((accuracy.FOLDER / "tuned.json").read_text())
-    names = re.findall("<!-- (.*-.*) -->", text)
-    assert names
-    for name in names:
-        task = accuracy.Task(*name.rsplit("-", 1))
-        assert (report.PICTURES / f"accuracy-{name}.svg").exists()
-        found = accuracy.of_study(accuracy.Results(task), tuned[name])
-        assert report.page(text, task, report.markdown(found)) == text
+    found = accuracy.studied(json.loads((accuracy.FOLDER / "tuned.json").read_text()))
+    assert found
+    assert (report.DOCS / "accuracy-tables.md").read_text() == report.tables(found)
+    text = (report.DOCS / "accuracy.md").read_text()
+    assert report.between(text, "summary", report.summary(found, DEFAULTS)) == text
+    assert all((report.PICTURES / f"accuracy-{task.name}.svg").exists() for task in found)
+
+
+def test_a_gain_is_paired_over_the_seeds_that_both_have():
+    found = {
+        "ce": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 99.0}},
+        "mixup": {0: {"accuracy": 51.0}, 1: {"accuracy": 63.0}},
+        "dlb": {0: {"accuracy": 70.0}, 1: {"accuracy": 10.0}},
+    }
+    mean, error = report.gain(found, "mixup", "ce", "accuracy")
+    assert (mean, error) == (2.0, 1.0)  # differences 1 and 3: deviation sqrt(2), over the root of two seeds
+    assert report.best_rival(found, "accuracy") == "mixup"
