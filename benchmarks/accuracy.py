@@ -139,8 +139,8 @@ def run(r: Run) -> dict[str, Any]:
 class Results:
     """The lines of a task's file; what is there is not run again."""
 
-    def __init__(self, task: Task) -> None:
-        self.path = FOLDER / f"{task.name}.jsonl"
+    def __init__(self, task: Task, folder: Path) -> None:
+        self.path = folder / f"{task.name}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [json.loads(line) for line in lines]
         self.done = {line["key"]: line for line in self.lines if "key" in line}
@@ -223,19 +223,19 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
     return found
 
 
-def studied(every: dict[str, Any]) -> dict[Task, Found]:
+def studied(every: dict[str, Any], folder: Path) -> dict[Task, Found]:
     """What was run on the seeds of the study, of every task."""
     found = {}
     for name, tuned in every.items():
         task = Task(*name.rsplit("-", 1))
-        of_task = of_study(Results(task), tuned)
+        of_task = of_study(Results(task, folder), tuned)
         if len(of_task.get("ce", {})) > 1:
             found[task] = of_task
     return found
 
 
 def write_pages(every: dict[str, Any]) -> None:
-    found = studied(every)
+    found = studied(every, FOLDER)
     for task, of_task in found.items():
         plot(task, of_task)
     (report.DOCS / "accuracy-tables.md").write_text(tables(found))
@@ -249,6 +249,9 @@ def main() -> None:
     p.add_argument("--net", default="cnn", help="comma-separated: cnn, mlp")
     p.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
     p.add_argument("--data-dir", type=Path, help="folder of the IDX or parquet files of an image data set")
+    p.add_argument(
+        "--results", type=Path, default=FOLDER, help="folder of the lines of the runs; another one repeats the study"
+    )
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--tune", action="store_true", help="tune anew what has no setting yet")
@@ -259,11 +262,12 @@ def main() -> None:
         if name not in METHODS:
             p.error(f"--methods must be some of {', '.join(METHODS)}; got {name!r}.")
     console = Console(width=170)
-    settings = FOLDER / "tuned.json"
-    every: dict[str, Any] = json.loads(settings.read_text()) if settings.exists() else {}
+    settings = args.results / "tuned.json"
+    known = settings if settings.exists() else FOLDER / "tuned.json"
+    every: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     for data, net in itertools.product(args.data.split(","), args.net.split(",")):
         task = Task(data, net)
-        results = Results(task)
+        results = Results(task, args.results)
         tasks.pool(task.parts[0], args.data_dir)
         untuned = [name for name in names if name not in every.get(task.name, {})]
         if untuned and not args.table:
@@ -275,7 +279,8 @@ def main() -> None:
         if not args.table:
             study(task, names, args.seeds, every[task.name], results, args.jobs, console)
         console.print(table(task, of_study(results, every.get(task.name, {})), every.get(task.name, {})))
-    write_pages(every)
+    if args.results == FOLDER:
+        write_pages(every)
 
 
 if __name__ == "__main__":

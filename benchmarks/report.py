@@ -18,8 +18,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = DOCS / "images"
 TABLES_HEAD = """# Accuracy: every table
 
-Mean ± standard error over the seeds; differences to cross-entropy ("ce") are paired over seeds. How they were measured, and
-what they mean: [accuracy](accuracy.md). Written by `python benchmarks/accuracy.py --table` from the lines in
+Mean ± standard error over the seeds; differences to cross-entropy ("ce") are paired over seeds. "Time" is the CPU time of a
+training over cross-entropy's, where it was noted, without the pre-trained model's. How all of it was measured, and what it
+means: [accuracy](accuracy.md). Written by `python benchmarks/accuracy.py --table` from the lines in
 [`benchmarks/results/accuracy/`](../benchmarks/results/accuracy)."""
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method, by seed
 
@@ -55,8 +56,8 @@ def table(task: Task, found: Found, tuned: dict[str, Any]) -> Table:
 
 def markdown(found: Found) -> str:
     rows = [
-        "| method | accuracy, % | minus ce | NLL, scaled | minus ce | ECE, % | scaled | Brier | AURC |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | accuracy, % | minus ce | NLL, scaled | minus ce | ECE, % | scaled | Brier | AURC | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def shown(name: str, key: str, form: str) -> tuple[str, str]:
@@ -72,6 +73,7 @@ def markdown(found: Found) -> str:
         ]
         cells = [*shown(name, "accuracy", ".2f"), *shown(name, "nll_scaled", ".3f")]
         cells += [f"{others[0]:.1f}", f"{others[1]:.1f}", f"{others[2]:.3f}", f"{others[3]:.4f}"]
+        cells.append(cost(found, name))
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -80,6 +82,16 @@ def gain(found: Found, name: str, other: str, key: str) -> tuple[float, float]:
     """Mean and standard error of the difference over the seeds that both have."""
     both = found[name].keys() & found[other].keys()
     return mean_error([found[name][s][key] - found[other][s][key] for s in sorted(both)])
+
+
+def cost(found: Found, name: str) -> str:
+    """CPU time of the training over cross-entropy's, median over seeds, without what the pre-trained model took."""
+    ratios = [
+        line["seconds"] / found["ce"][seed]["seconds"]
+        for seed, line in found[name].items()
+        if "seconds" in line and "seconds" in found["ce"].get(seed, {})
+    ]
+    return f"{statistics.median(ratios):.1f}" if ratios else "-"
 
 
 def best_rival(found: Found, key: str) -> str:

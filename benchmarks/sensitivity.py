@@ -79,7 +79,7 @@ def main() -> None:
     tasks.pool(task.parts[0], args.data_dir)
     tuned = json.loads((FOLDER / "tuned.json").read_text())[task.name]
     names = ["full", *(f"full, {setting} {value}" for setting, values in VARIED.items() for value in values)]
-    results, console = Results(task), Console()
+    results, console = Results(task, FOLDER), Console()
     run_all(
         [r for name in names for r in runs_of(task, name, args.seeds, tuned)], results, args.jobs, console, task.name
     )

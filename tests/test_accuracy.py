@@ -82,7 +82,7 @@ def test_every_method_trains_and_says_how_it_did(name):
 def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     console = Console(quiet=True)
     names = ["ce", "label smoothing"]
-    results = accuracy.Results(TASK)
+    results = accuracy.Results(TASK, accuracy.FOLDER)
     tuned = accuracy.tune(TASK, names, results, 1, console)
     assert set(tuned) == set(names)
     accuracy.study(TASK, names, 2, tuned, results, 1, console)
@@ -92,7 +92,7 @@ def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     assert report.table(TASK, found, tuned).row_count == 2
     assert report.plot(TASK, found).read_text().count("label smoothing") == 1
     results.path.write_text("\n".join(lines[:-3]) + "\n")  # stopped three runs earlier
-    again = accuracy.Results(TASK)
+    again = accuracy.Results(TASK, accuracy.FOLDER)
     accuracy.study(TASK, names, 2, accuracy.tune(TASK, names, again, 1, console), again, 1, console)
 
     def untimed(text):
@@ -124,7 +124,7 @@ def test_sensitivity_is_drawn_from_the_runs(monkeypatch):
     argv = ["sensitivity", "--data", TASK.data, "--net", TASK.net, "--seeds", "2", "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     sensitivity.main()
-    assert len(accuracy.Results(TASK).done) == 2 * (1 + len(VARIANTS))
+    assert len(accuracy.Results(TASK, accuracy.FOLDER).done) == 2 * (1 + len(VARIANTS))
     drawn = (report.PICTURES / f"sensitivity-{TASK.name}.svg").read_text()
     assert all(setting in drawn for setting in VARIED)
 
@@ -140,7 +140,7 @@ def test_the_best_setting_is_that_of_the_best_mean():
 def test_the_pages_show_what_the_results_say(monkeypatch):
     """The tables of the documentation, worked out anew from the lines of the runs."""
     monkeypatch.undo()
-    found = accuracy.studied(json.loads((accuracy.FOLDER / "tuned.json").read_text()))
+    found = accuracy.studied(json.loads((accuracy.FOLDER / "tuned.json").read_text()), accuracy.FOLDER)
     assert found
     assert (report.DOCS / "accuracy-tables.md").read_text() == report.tables(found)
     text = (report.DOCS / "accuracy.md").read_text()
