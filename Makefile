@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark study coverage soak mutants check lint types wheel clean
+.PHONY: test example example-seeds benchmark study coverage import-time soak mutants check lint types dist setup clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+setup: .venv/ready           ## everything that is needed to work on it
 
 test: .venv/ready            ## everything that is tested: mathematics, modules, docs, examples
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -21,6 +23,9 @@ example-seeds: .venv/ready   ## the example over seeds and weight decays; writes
 
 benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
+
+import-time: .venv/ready     ## what importing costs beyond torch; writes benchmarks/results/
+	$(BIN)/python benchmarks/import_time.py $(ARGS)
 
 study: .venv/ready           ## the accuracy study on MNIST-1D at the settings that were tuned; writes benchmarks/results/accuracy/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study]'
@@ -45,14 +50,21 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
-wheel: .venv/ready           ## build, then install into a clean environment and import
-	rm -rf dist build/wheel-venv
-	$(BIN)/python -m build --wheel --outdir dist
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
-	cd build && wheel-venv/bin/python -W ignore -c "import aikd_losses; print('wheel:', aikd_losses.__version__, aikd_losses.AIKDLoss(8, 3, 2))"
+dist: .venv/ready            ## sdist and wheel, checked; then the wheel alone in a clean environment, and the quickstart there
+	rm -rf dist build/clean build/sdist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	@size=$$(wc -c < $$(ls dist/*.whl)); echo "wheel: $$size bytes, at most 100000"; test $$size -le 100000
+	mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	cd build/sdist && PYTHONPATH=src ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_release.py
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd build/sdist && ../clean/bin/python -W ignore -c "import aikd_losses; print(aikd_losses.__version__, aikd_losses.__file__)"
+	cd build/sdist && ../clean/bin/python -W ignore examples/quickstart.py
 
-check: lint types wheel
+check: lint types dist
 
 clean:
 	rm -rf .venv build dist runs mutants

@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs: README.md, docs/ and the docstrings of src/."""
+"""Every code block of the documentation runs: README.md, CONTRIBUTING.md, docs/ and the docstrings of src/."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _small_world(namespace: dict[str, Any]) -> None:
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), DiffParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
     setup=_small_world,
     fixtures=["checkpoint"],
 ).pytest()

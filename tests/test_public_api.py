@@ -132,7 +132,7 @@ def test_importing_works_without_numpy_and_pulls_in_nothing_else():
         "import warnings; warnings.simplefilter('ignore')\n"
         "import torch; before = set(sys.modules)\n"
         "import aikd_losses\n"
-        "print({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'torch'})\n"
+        "print({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))\n"  # nor more of torch
         "c = aikd_losses.AIKDLoss(4, 3, 2); s = torch.randn(4, 3)\n"
         "c.update(student_logits=s, teacher_logits=s, index=torch.arange(4))\n"
         "aikd_losses.AIKDLoss(4, 3, 2).load_state_dict(c.state_dict())\n"
