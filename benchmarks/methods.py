@@ -236,28 +236,24 @@ def parts(*terms: str, of: str, values: tuple[float, ...]) -> type[Method]:
 
 
 class Full(Stack):
-    """AIKDLoss as it comes, but for the settings given; `own` is the weight of the adversarial term."""
-
-    grid = (0.3, 3.0)
+    """AIKDLoss as it comes, but for the settings given. It has no setting of its own that is tuned."""
 
     def __init__(self, own: float | None = None, settings: Settings = lambda n, classes: {}) -> None:
         super().__init__(own)
         self.settings = settings
 
     def criterion(self, n: int, classes: int) -> LossStack:
-        weights = {} if self.own is None else {"adversarial": self.own}
-        return AIKDLoss(n, classes, self.epochs, **{"weights": weights, **self.settings(n, classes)})
+        return AIKDLoss(n, classes, self.epochs, **self.settings(n, classes))
 
 
-class Candidate(Stack):
-    """The full method with a temperature of 2 and other ways to share the weight; `own` is the weight of the adversarial term.
+class Shared(Stack):
+    """The full method with other ways to share the weight.
 
     normalised: the progressive term is divided by 1 - alpha, so that the labels keep their weight however large alpha is.
     trusted: what the pre-trained model is trusted with, 0..1: twice the gap between its accuracy on what it was trained on and
     on held-out samples with the same kind of labels. The weights of its two terms and alpha are multiplied by it.
     """
 
-    grid = (0.3, 3.0)
     normalised = trusted = False
 
     def criterion(self, n: int, classes: int) -> LossStack:
@@ -268,12 +264,11 @@ class Candidate(Stack):
             n,
             classes,
             self.epochs,
-            temperature=2.0,
             alpha=ramp,
             weights={
                 "progressive": (lambda epoch: share / (1 - ramp(epoch))) if self.normalised else share,
                 "deterministic": 0.5 * trust,
-                "adversarial": (self.own or 1.0) * trust,
+                "adversarial": trust,
             },
         )
 
@@ -286,8 +281,20 @@ class Candidate(Stack):
         return min(max(2 * (known - held), 0.0), 1.0)
 
 
-def candidate(**settings: bool) -> type[Method]:
-    return type("Candidate", (Candidate,), settings)
+def shared(**settings: bool) -> type[Method]:
+    return type("Shared", (Shared,), settings)
+
+
+def fixed(**settings: Any) -> Settings:
+    return lambda n, classes: settings
+
+
+def layers(*hidden: int) -> Settings:
+    return lambda n, classes: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
+
+
+def averaged(decay: float) -> Settings:
+    return lambda n, classes: dict(targets=EMATargets(n, classes, decay=decay))
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -306,28 +313,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "det+adv": parts("deterministic", "adversarial", of="weight", values=(0.3, 3.0)),
     "pro+adv": parts("progressive", "adversarial", of="weight", values=(0.3, 3.0)),
     "full": Full,
-    "full T2": candidate(),
-    "full T2 normalised": candidate(normalised=True),
-    "full T2 trusted": candidate(trusted=True),
-    "full T2 normalised trusted": candidate(normalised=True, trusted=True),
+    "full T4": functools.partial(Full, settings=fixed(temperature=4.0)),
+    "full normalised": shared(normalised=True),
+    "full trusted": shared(trusted=True),
+    "full normalised trusted": shared(normalised=True, trusted=True),
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
-DEFAULTS = ("full", "full T2", "full T2 normalised")  # that the summary compares
+DEFAULTS = ("full", "full T4", "full normalised")  # that the summary compares
 RIVALS = tuple(
     list(METHODS)[1 : list(METHODS).index("adversarial")]
 )  # single ones, the terms that others published among them
-
-
-def fixed(**settings: Any) -> Settings:
-    return lambda n, classes: settings
-
-
-def layers(*hidden: int) -> Settings:
-    return lambda n, classes: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
-
-
-def averaged(decay: float) -> Settings:
-    return lambda n, classes: dict(targets=EMATargets(n, classes, decay=decay))
 
 
 # One setting of AIKDLoss at a time, the others as they come.

@@ -34,7 +34,7 @@ class AIKDLoss(LossStack):
         num_samples: size of the training set; ids are `0 <= index < num_samples`.
         num_classes: C, at least 2.
         num_epochs: how many epochs `alpha` takes to ramp up.
-        temperature: T of the deterministic term (default 4).
+        temperature: T of the deterministic term (default 2).
         alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
         weights: any of the three weights, instead of w_p = 0.5, w_d = 0.5, w_a = 1: the first two share the weight of the
             cross-entropy they replace, so that the learning rate keeps its meaning.
@@ -71,7 +71,7 @@ class AIKDLoss(LossStack):
         num_classes: int,
         num_epochs: int,
         *,
-        temperature: float = 4.0,
+        temperature: float = 2.0,
         alpha: Schedule = 0.8,
         weights: Mapping[str, Schedule] | None = None,
         targets: TargetStore | None = None,
