@@ -194,7 +194,7 @@ def tune(task: Task, names: list[str], results: Results, jobs: int, console: Con
     for name in others:
         tuned[name] = best([line for line in lines if line["method"] == name])
         at = tuned[name]["lr"], tuned[name]["weight_decay"]
-        second += of(name, [(*at, own) for own in METHODS[name].grid], teacher)
+        second += of(name, [(*at, own) for own in METHODS[name]().grid], teacher)
     lines += run_all(second, results, jobs, console, f"{task.name} own")
     for name in others:
         tuned[name] = best([line for line in lines if line["method"] == name])
