@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from einops import rearrange
@@ -51,6 +51,9 @@ class MLPDiscriminator(nn.Module):
             raise TypeError(f"`hidden` must be a sequence of widths, such as (64, 64); got {hidden!r}.")
         widths = [_checks.num_classes(num_classes), *(_checks.integer("hidden", width, 1) for width in hidden), 1]
         self.num_classes = widths[0]
+        self.hidden = tuple(widths[1:-1])
+        self.spectral_norm = spectral_norm
+        self.negative_slope = float(negative_slope)
         layer = SpectralLinear if _checks.boolean("spectral_norm", spectral_norm) else nn.Linear
         negative_slope = _checks.number("negative_slope", negative_slope, 0.0, 1.0)
         layers: list[nn.Module] = []
@@ -63,6 +66,15 @@ class MLPDiscriminator(nn.Module):
         _checks.rows("x", x, cast(nn.Linear, self.layers[0]).weight)
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, hidden={self.hidden}, spectral_norm={self.spectral_norm}, "
+            f"negative_slope={self.negative_slope}"
+        )
 
 
 class SpectralLinear(nn.Linear):
