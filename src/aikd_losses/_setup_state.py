@@ -120,8 +120,8 @@ def of_modules(
     if awake:
         yield error(
             "teacher",
-            f"it is in train mode ({awake} of its modules): dropout is on and batch norm drifts. Use `FrozenTeacher(model)`, "
-            "or call `teacher.eval()` after every `train()`.",
+            f"it is in train mode ({awake} of its modules), with dropout on and batch norm drifting, where it has them. Use "
+            "`FrozenTeacher(model)`, or call `teacher.eval()` after every `train()`.",
         )
     if shared := len(of_teacher.keys() & of_model):
         yield error(
