@@ -246,6 +246,13 @@ def test_a_soft_target_that_is_no_distribution(world):
     assert world.report(target=torch.randn(N, C).softmax(-1)).ok
 
 
+def test_a_target_of_several_labels_is_none_of_classes():
+    tensors = dict(student_logits=torch.randn(N, C, requires_grad=True), target=torch.ones(N, C))
+    report = check_setup(nn.BCEWithLogitsLoss(), **tensors)
+    assert report.findings == ()
+    assert len(report.terms) == 1  # there is no cross-entropy to compare with
+
+
 def test_ids_that_repeat(world):
     assert found(world.report(index=world.index // 2), "warning", "index", "8 of 16 ids")
     masked = world.report(index=world.index // 2, mask=world.index % 2 == 0)

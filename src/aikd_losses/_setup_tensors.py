@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._setup_terms import Finding, _equal, class_axis, error, note, warning
+from ._setup_terms import LABELLED, Finding, class_axis, equal, error, note, sum_to_one, warning
 from .stack import LossStack
 
 
@@ -33,7 +33,7 @@ def of_tensors(stack: LossStack, tensors: Mapping[str, Any]) -> Iterator[Finding
             "it has no graph, so that `backward()` reaches no model. Compute it outside `no_grad()`, without `detach()`.",
         )
     yield from _of_teachers(stack, tensors, axis, counts)
-    yield from _of_labels(tensors, axis, counts)
+    yield from _of_labels(stack, tensors, axis, counts)
     yield from _of_settings(stack, logits.ndim)
 
 
@@ -49,7 +49,7 @@ def _of_teachers(stack: LossStack, tensors: Mapping[str, Any], axis: int, counts
         yield from _of_scores(name, given.detach().movedim(axis, -1)[counts.to(given.device)].double())
         if name == "student_logits":
             continue
-        if _equal(logits, given):
+        if equal(logits, given):
             yield warning(
                 name,
                 "it equals `student_logits`: there is nothing to match. Pass the output of the pre-trained model. (A "
@@ -69,13 +69,13 @@ def _of_scores(name: str, rows: Tensor) -> Iterator[Finding]:
             f"NaN or +inf in {bad} of {len(rows)} rows: the loss is NaN, and `update` leaves those rows out. Look for a "
             "model that has diverged or overflowed.",
         )
-    elif len(rows) and _sum_to_one(rows):
+    elif len(rows) and sum_to_one(rows):
         yield error(
             name,
             "its rows look like probabilities (not negative, sum 1), and the terms take raw scores: a softmax of "
             "probabilities is nearly uniform. Pass what comes before the softmax, or `probs.log()`.",
         )
-    elif len(rows) and _sum_to_one(rows.exp()):
+    elif len(rows) and sum_to_one(rows.exp()):
         yield note(
             name,
             "its rows look like log-probabilities. That is fine where a softmax follows, which takes the shift out again, "
@@ -83,16 +83,13 @@ def _of_scores(name: str, rows: Tensor) -> Iterator[Finding]:
         )
 
 
-def _sum_to_one(rows: Tensor) -> bool:
-    return bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 5e-3).all())
-
-
-def _of_labels(tensors: Mapping[str, Any], axis: int, counts: Tensor) -> Iterator[Finding]:
+def _of_labels(stack: LossStack, tensors: Mapping[str, Any], axis: int, counts: Tensor) -> Iterator[Finding]:
     logits: Tensor = tensors["student_logits"]
     target: Any = tensors.get("target")
     index = tensors.get("index")
     soft = isinstance(target, Tensor) and target.is_floating_point() and target.shape == logits.shape
-    if soft and not _sum_to_one(target.detach().movedim(axis, -1)[counts.to(target.device)].double()):
+    of_classes = any(isinstance(term, LABELLED) for term in stack.terms.values())  # others can be of several labels
+    if soft and of_classes and not sum_to_one(target.detach().movedim(axis, -1)[counts.to(target.device)]):
         yield error(
             "target",
             "it is floating and so must hold class probabilities, but its rows do not sum to 1. Pass a softmax, or class "

@@ -20,6 +20,7 @@ from .stack import LossStack
 
 DWARFS, VANISHES = 10.0, 1e-3  # a term's gradient over cross-entropy's
 IGNORED = -100  # torch's `ignore_index`
+LABELLED = (ProgressiveKD, nn.CrossEntropyLoss)  # whose `target` is of classes
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def measure(stack: LossStack, tensors: Mapping[str, Any], alone: bool) -> tuple[
         norm = None if slope is None else weight * float(torch.linalg.vector_norm(slope.double()))
         ratio = norm / plain if norm is not None and plain else None
         report = TermReport(name, weight, float(value.double().mean()), norm, ratio)
-        same = _equal(tensors.get("student_logits"), picked.get("teacher_logits"))
+        same = equal(tensors.get("student_logits"), picked.get("teacher_logits"))
         findings += _of_size(report, term, same)
         reports.append(report)
     return reports if reference is None else [*reports, reference], findings
@@ -103,8 +104,10 @@ def _cross_entropy(stack: LossStack, tensors: Mapping[str, Any], reduction: str)
             counts = counts & (target != IGNORED)
             _checks.labels_in_range(target.cpu(), logits.shape[axis], counts.cpu())
             target = target.masked_fill(~counts, IGNORED)
-        else:
+        elif sum_to_one(target.detach().movedim(axis, -1)[counts]):
             target = target.detach().double().movedim(axis, 1)
+        else:
+            return None
     except (TypeError, ValueError, IndexError):
         return None  # the terms' own calls say so
     leaf = logits.detach().double().requires_grad_()
@@ -124,8 +127,7 @@ def _in_range(term: nn.Module, picked: Mapping[str, Any]) -> None:
             ids = picked.get(name)
             if isinstance(ids, Tensor):
                 _checks.sample_index(name, ids.cpu(), tuple(ids.shape), size, _on_cpu(mask, ids))
-    labelled = isinstance(term, ProgressiveKD | nn.CrossEntropyLoss)
-    if labelled and isinstance(target, Tensor) and target.dtype == torch.int64:
+    if isinstance(term, LABELLED) and isinstance(target, Tensor) and target.dtype == torch.int64:
         axis = _checks.logits(logits, getattr(term, "class_dim", 1))
         classes = logits.shape[axis]
         labels = target.cpu()
@@ -192,5 +194,9 @@ def _of_size(report: TermReport, term: nn.Module, same: bool) -> Iterator[Findin
         )
 
 
-def _equal(a: object, b: object) -> bool:
+def sum_to_one(rows: Tensor) -> bool:
+    return bool((rows >= 0).all() and ((rows.double().sum(-1) - 1).abs() < 5e-3).all())
+
+
+def equal(a: object, b: object) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and torch.equal(a, b)

@@ -63,7 +63,7 @@ def check_setup(
     r"""Finds the usual mistakes in the set-up of a criterion, from the tensors of one training step; changes nothing.
 
     Call it by hand, after some steps and once more after an epoch. It computes every term anew and waits for the device, so
-    it is not for every step. `model` and `teacher` are looked at, not called. Where `diagnostics()` of a criterion gives
+    it is not for every step. One process of several may call it alone: nothing is exchanged. `model` and `teacher` are looked at, not called. Where `diagnostics()` of a criterion gives
     numbers to be logged, this gives sentences: what is wrong, why it matters, what to do.
 
     The table compares gradients with respect to `student_logits`: the norm of a weighted term's over that of plain
