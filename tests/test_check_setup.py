@@ -161,6 +161,7 @@ def test_a_report_is_printed_as_a_table_and_sentences():
         "  `FrozenTeacher` or `no_grad()`."
     )
     assert report.ok  # a note is no fault
+    assert repr(report) == str(report)  # for notebooks
 
 
 def test_the_worst_comes_first(world):
@@ -183,7 +184,10 @@ def test_probabilities_for_logits(world):
         world.report(student_logits=world.model(world.x).softmax(-1)), "error", "student_logits", "probabilities"
     )
     assert not found(world.report(teacher_logits=probs * 2), "error", "teacher_logits")
-    assert not found(world.report(teacher_logits=probs - 0.25), "error", "teacher_logits")  # nor those that sum to 0
+    below_zero = probs + torch.tensor([2.0, -2.0, 0.0, 0.0])  # each row sums to 1
+    assert not found(world.report(teacher_logits=below_zero), "error", "teacher_logits")
+    one_row = torch.cat([probs[:1], probs[1:] * 2])
+    assert not found(world.report(teacher_logits=one_row), "error", "teacher_logits")
 
 
 def test_log_probabilities_are_logits_and_only_noted(world):

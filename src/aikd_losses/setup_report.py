@@ -22,9 +22,9 @@ SEVERITIES = ("error", "warning", "note")
 WIDTH = 100  # of the findings, in characters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SetupReport:
-    """What `check_setup` found: printed, a table of the terms, their state, and the findings, the worst first.
+    """What `check_setup` found: shown, a table of the terms, their state, and the findings, the worst first.
 
     `terms`: `name`, `weight`, `value`, `gradient` (its norm, weighted) and `ratio` (to cross-entropy's) of each term, and of
     plain cross-entropy where there is a `target`. `state`: a sentence a term. `findings`: `severity` ("error", "warning" or
@@ -40,7 +40,7 @@ class SetupReport:
         """Whether there is neither an error nor a warning."""
         return all(finding.severity == "note" for finding in self.findings)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [("term", "weight", "value", "gradient", "ratio"), *(term.row() for term in self.terms)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -63,8 +63,9 @@ def check_setup(
     r"""Finds the usual mistakes in the set-up of a criterion, from the tensors of one training step; changes nothing.
 
     Call it by hand, after some steps and once more after an epoch. It computes every term anew and waits for the device, so
-    it is not for every step. One process of several may call it alone: nothing is exchanged. `model` and `teacher` are looked at, not called. Where `diagnostics()` of a criterion gives
-    numbers to be logged, this gives sentences: what is wrong, why it matters, what to do.
+    it is not for every step. One process of several may call it alone: nothing is exchanged. `model` and `teacher` are looked
+    at, not called. Where `diagnostics()` of a criterion gives numbers to be logged, this gives sentences: what is wrong, why
+    it matters, what to do.
 
     The table compares gradients with respect to `student_logits`: the norm of a weighted term's over that of plain
     cross-entropy's on the same batch. A ratio far above 1 drowns the labels, one near 0 does nothing. The adversarial term's
