@@ -17,6 +17,8 @@ def of_tensors(stack: LossStack, tensors: Mapping[str, Any]) -> Iterator[Finding
     for name in tensors:
         if name not in stack._names:
             yield error(name, f"no term uses it; the terms use {', '.join(sorted(stack._names))}.")
+    # Of any others the terms' own calls say that they are refused.
+    tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor) and _dense(x)}
     axis = class_axis(stack, tensors)
     if axis is None:
         return
@@ -35,6 +37,10 @@ def of_tensors(stack: LossStack, tensors: Mapping[str, Any]) -> Iterator[Finding
     yield from _of_teachers(stack, tensors, axis, counts)
     yield from _of_labels(stack, tensors, axis, counts)
     yield from _of_settings(stack, logits.ndim)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
 
 
 def _of_teachers(stack: LossStack, tensors: Mapping[str, Any], axis: int, counts: Tensor) -> Iterator[Finding]:
@@ -95,7 +101,7 @@ def _of_labels(stack: LossStack, tensors: Mapping[str, Any], axis: int, counts: 
             "it is floating and so must hold class probabilities, but its rows do not sum to 1. Pass a softmax, or class "
             "indices (int64).",
         )
-    if isinstance(index, Tensor) and index.shape == counts.shape:
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == counts.shape:
         ids = index[counts.to(index.device)]
         if again := ids.numel() - ids.unique().numel():
             yield warning(

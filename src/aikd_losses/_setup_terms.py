@@ -195,8 +195,11 @@ def _of_size(report: TermReport, term: nn.Module, same: bool) -> Iterator[Findin
 
 
 def sum_to_one(rows: Tensor) -> bool:
-    return bool((rows >= 0).all() and ((rows.double().sum(-1) - 1).abs() < 5e-3).all())
+    rows = rows.double()
+    return bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 5e-3).all())
 
 
 def equal(a: object, b: object) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and torch.equal(a, b)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)

@@ -51,15 +51,13 @@ class MLPDiscriminator(nn.Module):
             raise TypeError(f"`hidden` must be a sequence of widths, such as (64, 64); got {hidden!r}.")
         widths = [_checks.num_classes(num_classes), *(_checks.integer("hidden", width, 1) for width in hidden), 1]
         self.num_classes = widths[0]
-        self.hidden = tuple(widths[1:-1])
-        self.spectral_norm = spectral_norm
-        self.negative_slope = float(negative_slope)
         layer = SpectralLinear if _checks.boolean("spectral_norm", spectral_norm) else nn.Linear
         negative_slope = _checks.number("negative_slope", negative_slope, 0.0, 1.0)
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [layer(fan_in, fan_out), nn.LeakyReLU(negative_slope)]
         self.layers = nn.Sequential(*layers[:-1])
+        self.hidden, self.spectral_norm, self.negative_slope = tuple(widths[1:-1]), spectral_norm, negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
