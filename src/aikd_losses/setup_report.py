@@ -6,17 +6,17 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._setup_state import of_modules, of_state, state
-from ._setup_tensors import of_tensors
-from ._setup_terms import Finding, TermReport, measure
 from .progressive import ProgressiveKD
 from .stack import LossStack
+
+if TYPE_CHECKING:
+    from ._setup_terms import Finding, TermReport
 
 SEVERITIES = ("error", "warning", "note")
 WIDTH = 100  # of the findings, in characters
@@ -91,6 +91,11 @@ def check_setup(
     >>> report.ok, [(finding.severity, finding.where) for finding in report.findings]
     (False, [('error', 'teacher_logits')])
     """
+    # Here, as most programs import the package without ever asking.
+    from ._setup_state import of_modules, of_state, state
+    from ._setup_tensors import of_tensors
+    from ._setup_terms import measure
+
     _check_kind("model", model, nn.Module)
     _check_kind("teacher", teacher, nn.Module)
     _check_kind("optimizer", optimizer, torch.optim.Optimizer)
