@@ -26,6 +26,16 @@ class DiffParser(CodeBlockParser):
             exec(compile("\n".join(lines), example.path, "exec"), example.namespace)
 
 
+class ReportParser(CodeBlockParser):
+    """A ```text block is what the `report` above it prints."""
+
+    language = "text"
+
+    def evaluate(self, example: Example) -> str | None:
+        printed = str(example.namespace["report"])
+        return None if printed == example.parsed.rstrip() else f"This is printed:\n{printed}"
+
+
 def _small_world(namespace: dict[str, Any]) -> None:
     """What the reader of a page has already: a data set, a pre-trained model, a fresh one and its optimizer."""
     torch.manual_seed(0)
@@ -45,7 +55,7 @@ def _small_world(namespace: dict[str, Any]) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), DiffParser()],
+    parsers=[PythonCodeBlockParser(), DiffParser(), ReportParser()],
     patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
     setup=_small_world,
     fixtures=["checkpoint"],

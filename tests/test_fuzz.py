@@ -8,6 +8,7 @@ import copy
 import math
 import re
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from aikd_losses import (
     MLPDiscriminator,
     ProgressiveKD,
     ZeroCenteredPenalty,
+    check_setup,
 )
 from aikd_losses.functional import deterministic_kd, linear_deterministic_kd, progressive_kd
 
@@ -312,6 +314,14 @@ CALLS = {  # name: the world -> (a function, arguments that fit)
         dict(**w.logits, **w.ids, partner_index=None, condition=None),
     ),
     "AIKDLoss.advance_epoch": lambda w: (w.keep(AIKDLoss(**METHOD)).advance_epoch, dict(epoch=1)),
+    "check_setup": lambda w: (
+        partial(check_setup, w.keep(AIKDLoss(**METHOD))),
+        dict(**w.logits, **w.ids, target=w.y, partner_index=None, condition=None, optimizer=None),
+    ),
+    "check_setup soft": lambda w: (
+        partial(check_setup, w.keep(LossStack({"ce": nn.CrossEntropyLoss(), "p": progressive()}))),
+        dict(**w.logits, **w.ids, target=w.p),
+    ),
     "IndexedDataset": lambda w: (IndexedDataset, dict(dataset=[1, 2])),
     "IndexedDataset[]": lambda w: ((lambda index: IndexedDataset([1, 2])[index]), dict(index=1)),
     "IndexedDataset of many": lambda w: (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from aikd_losses import (
     AdversarialDistributionLoss,
@@ -362,6 +363,11 @@ SETTINGS = [
     ),
     (lambda w: FrozenTeacher(lambda x: x), TypeError, "`model` must be an nn.Module (an instance)"),
     (
+        lambda w: FrozenTeacher(nn.Linear(2, 3).state_dict()),
+        TypeError,
+        "`model` must be an nn.Module (an instance); got a OrderedDict; load it into a model.",
+    ),
+    (
         lambda w: FrozenTeacher(nn.DataParallel(nn.Linear(2, 2))),
         TypeError,
         "`model` must not be wrapped; got DataParallel. Pass `model.module`.",
@@ -375,6 +381,11 @@ SETTINGS = [
         "progressive teacher (docs/guide.md).",
     ),
     (lambda w: IndexedDataset(iter([1])), TypeError, "`dataset` must have __getitem__ and __len__; got list_iterator."),
+    (
+        lambda w: IndexedDataset(DataLoader([1, 2])),
+        TypeError,
+        "`dataset` must have __getitem__ and __len__; got DataLoader. Index the data set, then load it.",
+    ),
     (lambda w: IndexedDataset({1, 2}), TypeError, "`dataset` must have __getitem__ and __len__; got set."),
     (
         lambda w: IndexedDataset([{"index": 7}])[0],
@@ -410,6 +421,11 @@ SETTINGS = [
     (lambda w: LossStack([w.kd]), TypeError, "`terms` must be a mapping {name: module} with at least one term"),
     (lambda w: LossStack({1: w.kd}), TypeError, "`terms` must have names that are strings; got 1."),
     (lambda w: LossStack({"a.b": w.kd}), ValueError, "`terms` has a name that cannot be one:"),
+    (
+        lambda w: LossStack({"max": max}),
+        TypeError,
+        "Term 'max' must be an nn.Module (an instance); got <built-in function max>. Call a function in a module's `forward`.",
+    ),
     (
         lambda w: LossStack({"ce": nn.functional.cross_entropy}),
         TypeError,
@@ -524,6 +540,11 @@ NO_ROWS = "`probs` must hold a distribution a row (no negative value, sum 1, not
 
 TENSORS = [
     # the teacher's side
+    (
+        lambda w: w.kd(SimpleNamespace(logits=w.s), w.t),
+        TypeError,
+        "`student_logits` must be a torch.Tensor; got SimpleNamespace. Pass its `.logits`.",
+    ),
     (lambda w: w.kd(w.s, [1.0]), TypeError, "`teacher_logits` must be a torch.Tensor; got list."),
     (lambda w: w.kd(w.s, w.y), TypeError, "`teacher_logits` must be floating point; got torch.int64."),
     (

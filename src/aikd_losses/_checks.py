@@ -99,7 +99,8 @@ def class_dim(value: object) -> int | None:
 
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.")
+        hint = " Pass its `.logits`." if hasattr(value, "logits") else ""  # the output of a model of transformers
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.{hint}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(

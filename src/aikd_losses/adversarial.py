@@ -21,6 +21,7 @@ from ._carrier import Carrier
 from ._distributed import Ranks
 from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
+from .schedules import called
 
 INPUTS = ("probs", "log_probs", "logits")
 FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch's optimizers have a fused step
@@ -422,11 +423,12 @@ class AdversarialDistributionLoss(Carrier):
 
     def extra_repr(self) -> str:
         objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
-        optimizer = type(self.optimizer).__name__ if self.optimizer is not None else None
+        count = sum(p.numel() for p in self.discriminator.parameters())
         return (
-            f"discriminator={type(self.discriminator).__name__}, objective={objective!r}, inputs={self.inputs!r}, "
-            f"temperature={self.temperature}, penalty={self.penalty}, optimizer={optimizer}, "
-            f"reduction={self.reduction!r}, class_dim={self.class_dim}"
+            f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
+            f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
+            f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()}), {count:,} parameters\n"
+            f"penalty={called(self.penalty)}, optimizer={_optimizer_shown(self.optimizer)}"
         )
 
 
@@ -510,6 +512,14 @@ def _check_optimizer(optimizer: object, discriminator: nn.Module) -> None:
             f"`optimizer` must hold exactly the discriminator's {len(own)} parameters; {len(held & own)} of them and "
             f"{len(held - own)} others are in it. Build it from `discriminator.parameters()`."
         )
+
+
+def _optimizer_shown(optimizer: torch.optim.Optimizer | None) -> str:
+    """Its kind and its learning rates, as it stands."""
+    if optimizer is None:
+        return "None"
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups if "lr" in group})
+    return f"{type(optimizer).__name__}({', '.join(f'lr={rate:g}' for rate in rates)})"
 
 
 def _plain(x: Any) -> Any:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 
 class IndexedDataset(Dataset[Any]):
@@ -37,11 +37,15 @@ class IndexedDataset(Dataset[Any]):
                 "progressive teacher (docs/guide.md)."
             )
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise TypeError(f"`dataset` must have __getitem__ and __len__; got {type(dataset).__name__}.")
+            hint = " Index the data set, then load it." if isinstance(dataset, DataLoader) else ""
+            raise TypeError(f"`dataset` must have __getitem__ and __len__; got {type(dataset).__name__}.{hint}")
         self.dataset: Any = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return f"IndexedDataset({type(self.dataset).__name__}, {len(self):,} items)"
 
     def __getitem__(self, index: int) -> Any:
         i = self._position(index)

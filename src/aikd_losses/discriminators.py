@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from einops import rearrange
@@ -57,12 +57,22 @@ class MLPDiscriminator(nn.Module):
         for fan_in, fan_out in pairwise(widths):
             layers += [layer(fan_in, fan_out), nn.LeakyReLU(negative_slope)]
         self.layers = nn.Sequential(*layers[:-1])
+        self.hidden, self.spectral_norm, self.negative_slope = tuple(widths[1:-1]), spectral_norm, negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
         _checks.rows("x", x, cast(nn.Linear, self.layers[0]).weight)
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, hidden={self.hidden}, spectral_norm={self.spectral_norm}, "
+            f"negative_slope={self.negative_slope}"
+        )
 
 
 class SpectralLinear(nn.Linear):

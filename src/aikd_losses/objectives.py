@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import _checks
+from .schedules import called
 
 Score = Callable[[Tensor], Tensor]  # (N, C) -> (N,), higher = "teacher"
 
@@ -43,6 +44,10 @@ class AdversarialObjective:
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function of scores; got {getattr(self, name)!r}.")
         _checks.boolean("paired", self.paired)
+
+    def __repr__(self) -> str:
+        names = f"discriminator={called(self.discriminator)}, student={called(self.student)}"
+        return f"AdversarialObjective({names}, paired={self.paired})"
 
 
 def _non_saturating_discriminator(teacher: Tensor, student: Tensor) -> Tensor:

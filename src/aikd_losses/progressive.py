@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks, _soft_targets, functional, schedules
 from ._carrier import Carrier
@@ -360,10 +360,13 @@ class ProgressiveKD(Carrier):
         return share * first + (1 - share) * second, known
 
     def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha_schedule!r}, temperature={self.temperature}, reduction={self.reduction!r}, "
-            f"class_dim={self.class_dim}"
+        settings = (
+            f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}, "
+            f"alpha={schedules.shown(self.alpha_schedule, self.alpha)}, temperature={self.temperature}, "
+            f"reduction={self.reduction!r}, class_dim={self.class_dim}"
         )
+        # A store that is a module shows itself below.
+        return settings if isinstance(self.targets, nn.Module) else f"{settings}\ntargets={type(self.targets).__name__}"
 
 
 def _ids(index: Tensor, mask: Tensor | None) -> Tensor:

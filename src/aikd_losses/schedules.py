@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from . import _checks
 
 Schedule = float | Callable[[int], float]
@@ -37,6 +39,17 @@ class LinearRamp:
     def __call__(self, epoch: int) -> float:
         _checks.integer("epoch", epoch, 0)
         return self.end * min(epoch + 1, self.num_epochs) / self.num_epochs
+
+
+def shown(schedule: Schedule, now: Tensor) -> str:
+    """For a `repr`: the value of this epoch and, where it changes, by what."""
+    value = "?" if now.is_meta else f"{float(now):.6g}"
+    return f"{value} by {called(schedule)}" if callable(schedule) else value
+
+
+def called(function: object) -> str:
+    """For a `repr`: a function by its name, not its address; anything else as it shows itself."""
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def check(name: str, schedule: Schedule, high: float) -> Schedule:

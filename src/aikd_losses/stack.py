@@ -53,6 +53,12 @@ class _Call:
                 required.add(parameter)
         return cls(name, tuple(parameters), names, frozenset(required))
 
+    def shown(self) -> str:
+        """The names of the tensors that are needed, and in brackets those that may be left out."""
+        needed = [name for parameter, name in self.names.items() if parameter in self.required]
+        taken = [name for parameter, name in self.names.items() if parameter not in self.required]
+        return ", ".join(needed) + (f" [{', '.join(taken)}]" if taken else "")
+
     def pick(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         picked = {}
         for parameter, name in self.names.items():
@@ -286,7 +292,18 @@ class LossStack(Carrier):
             )
 
     def extra_repr(self) -> str:
-        return f"weights={self.weights}" + (f", inputs={self.inputs}" if self.inputs else "")
+        """A table: each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
+        rows = [("term", "weight", "method", "needs [takes]")]
+        for i, (name, weight) in enumerate(self.weights.items()):
+            first = name, schedules.shown(weight, self._weights[i])
+            for method, calls in self._calls.items():
+                if name in calls:
+                    rows.append((*first, "call" if method == "forward" else method, calls[name].shown()))
+                    first = "", ""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}"]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
 
 
 def _has(term: nn.Module, method: str) -> bool:
@@ -303,7 +320,8 @@ def _check_term(name: object, term: object) -> None:
     if isinstance(term, LossStack):
         raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
     if isinstance(term, type) or not isinstance(term, nn.Module):
-        raise TypeError(f"Term {name!r} must be an nn.Module (an instance); got {term!r}.")
+        hint = "" if isinstance(term, type) or not callable(term) else " Call a function in a module's `forward`."
+        raise TypeError(f"Term {name!r} must be an nn.Module (an instance); got {term!r}.{hint}")
     if isinstance(term, NOT_OF_LOGITS):
         raise TypeError(
             f"Term {name!r} is a {type(term).__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "

@@ -280,7 +280,7 @@ class _Table(Carrier):
         return clone
 
     def extra_repr(self) -> str:
-        size = f"{self.num_samples}, {self.num_classes}, dtype={self.dtype}"
+        size = f"num_samples={self.num_samples}, num_classes={self.num_classes}, dtype={self.dtype}"
         size += "" if self.top_k is None else f", top_k={self.top_k}"
         return size + (f", device={self.known.device}" if self.path is None else f", path={self.path!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,8 @@ class FrozenTeacher(Carrier):
     def __init__(self, model: nn.Module, *, copy: bool = True, save: bool = False) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be an nn.Module (an instance); got {model!r}.")
+            got = f"a {type(model).__name__}; load it into a model" if isinstance(model, Mapping) else f"{model!r}"
+            raise TypeError(f"`model` must be an nn.Module (an instance); got {got}.")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise TypeError(f"`model` must not be wrapped; got {type(model).__name__}. Pass `model.module`.")
         self.model = copying.deepcopy(model) if _checks.boolean("copy", copy) else model
@@ -67,4 +69,9 @@ class FrozenTeacher(Carrier):
             return self.model(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"{type(self.model).__name__}, save={bool(self._saved)}"
+        parameters = list(self.model.parameters())
+        devices = ", ".join(sorted({str(p.device) for p in parameters}))
+        return (
+            f"{type(self.model).__name__}, {sum(p.numel() for p in parameters):,} parameters"
+            f"{f' on {devices}' if devices else ''}, save={bool(self._saved)}"
+        )

@@ -1,0 +1,181 @@
+"""What modules, stores, schedules and data sets show of themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aikd_losses import (
+    AdversarialDistributionLoss,
+    AdversarialObjective,
+    AIKDLoss,
+    CachedTargets,
+    DeterministicKD,
+    EMATargets,
+    FrozenTeacher,
+    GradientPenalty,
+    IndexedDataset,
+    LinearRamp,
+    LossStack,
+    MLPDiscriminator,
+    ProgressiveKD,
+    ZeroCenteredPenalty,
+)
+
+FULL_METHOD = """\
+AIKDLoss(
+  epoch=0
+  term           weight  method  needs [takes]
+  progressive    0.5     call    student_logits, target, index [mask, partner_index, mix_lambda]
+                         update  student_logits, index [mask, partner_index]
+  deterministic  0.5     call    student_logits, teacher_logits [mask]
+  adversarial    1       call    student_logits, teacher_logits [mask, condition]
+                         update  student_logits, teacher_logits [mask, condition]
+  (terms): ModuleDict(
+    (progressive): ProgressiveKD(
+      epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4), temperature=1.0, reduction='mean', class_dim=None
+      (targets): CachedTargets(num_samples=5, num_classes=3, dtype=torch.float16, device=cpu)
+    )
+    (deterministic): DeterministicKD(temperature=4.0, divergence='forward_kl', reduction='mean', class_dim=None)
+    (adversarial): AdversarialDistributionLoss(
+      objective='wasserstein', inputs='probs', temperature=1.0, reduction='mean', class_dim=None
+      discriminator=MLPDiscriminator(num_classes=3, hidden=(64, 64), spectral_norm=False, negative_slope=0.2), 4,481 parameters
+      penalty=GradientPenalty(weight=10.0), optimizer=Adam(lr=0.001)
+    )
+  )
+)"""
+
+STACK = """\
+LossStack(
+  epoch=1
+  term     weight                                    method  needs [takes]
+  ce       0.25 by falling                           call    student_logits, target
+  kd       0.5 by LinearRamp(end=0.5, num_epochs=2)  call    student_logits, other [mask]
+  history  1                                         call    student_logits, index [mask, partner_index, mix_lambda]
+                                                     update  student_logits, index [mask, partner_index]
+  inputs={'kd': {'teacher_logits': 'other'}, 'history': {'target': None}}"""
+
+
+def halving(epoch):
+    return 0.5 ** (epoch + 1)
+
+
+halving.__qualname__ = "falling"
+
+
+def test_the_full_method_shows_a_table_of_its_terms_and_all_their_settings():
+    assert repr(AIKDLoss(5, 3, 4)) == str(AIKDLoss(5, 3, 4)) == FULL_METHOD
+
+
+def test_in_another_module_a_criterion_is_indented_like_any_other():
+    class Lightning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion = AIKDLoss(5, 3, 4)
+
+    assert repr(Lightning()) == "Lightning(\n  (criterion): " + FULL_METHOD.replace("\n", "\n  ") + "\n)"
+
+
+def test_the_table_shows_the_weights_of_the_epoch_and_the_tensors_under_the_names_to_pass():
+    stack = LossStack(
+        {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "history": ProgressiveKD(CachedTargets(5, 3))},
+        weights={"ce": halving, "kd": LinearRamp(0.5, 2)},
+        inputs={"kd": {"teacher_logits": "other"}, "history": {"target": None}},
+    )
+    stack.update(student_logits=torch.zeros(1, 3), index=torch.tensor([0]))
+    stack.advance_epoch()
+    assert repr(stack).startswith(STACK + "\n  (terms): ModuleDict(\n    (ce): CrossEntropyLoss()\n")
+
+
+def test_alpha_is_that_of_the_epoch():
+    loss = ProgressiveKD(EMATargets(5, 3, decay=0.7), alpha=LinearRamp(0.8, 4))
+    loss.update(torch.zeros(1, 3), index=torch.tensor([0]))
+    loss.advance_epoch()
+    assert loss.extra_repr() == (
+        "epoch=1, alpha=0.4 by LinearRamp(end=0.8, num_epochs=4), temperature=1.0, reduction='mean', class_dim=None"
+    )
+
+
+def test_a_store_that_is_no_module_is_named():
+    class Rows:
+        def read(self, index): ...
+        def write(self, index, probs): ...
+        def advance_epoch(self): ...
+
+    assert repr(ProgressiveKD(Rows())) == (
+        "ProgressiveKD(\n  epoch=0, alpha=0.5, temperature=1.0, reduction='mean', class_dim=None\n  targets=Rows\n)"
+    )
+
+
+def test_an_adversarial_loss_shows_its_parts_without_addresses():
+    discriminator = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))  # 12 + 4 and 4 + 1 parameters
+    groups = [
+        {"params": layer.parameters(), "lr": rate}
+        for layer, rate in ((discriminator[0], 0.1), (discriminator[2], 1e-3))
+    ]
+    objective = AdversarialObjective(halving, lambda student, teacher: student, paired=True)
+    loss = AdversarialDistributionLoss(
+        discriminator, objective=objective, penalty=halving, optimizer=torch.optim.SGD(groups, lr=1.0), class_dim=-1
+    )
+    name = "test_an_adversarial_loss_shows_its_parts_without_addresses.<locals>.<lambda>"
+    assert loss.extra_repr().splitlines() == [
+        f"objective=AdversarialObjective(discriminator=falling, student={name}, paired=True), inputs='probs', "
+        "temperature=1.0, reduction='mean', class_dim=-1",
+        "discriminator=Sequential(), 21 parameters",
+        "penalty=falling, optimizer=SGD(lr=0.001, lr=0.1)",
+    ]
+    plain = AdversarialDistributionLoss(discriminator, objective="hinge").extra_repr().splitlines()
+    assert plain[0].startswith("objective='hinge', ")
+    assert plain[2] == "penalty=None, optimizer=None"
+
+
+@pytest.mark.parametrize(
+    ("thing", "shown"),
+    [
+        (
+            DeterministicKD(divergence="js", beta=0.3),
+            "DeterministicKD(temperature=4.0, divergence='js', beta=0.3, reduction='mean', class_dim=None)",
+        ),
+        (
+            DeterministicKD(beta=0.3, class_dim=1),
+            "DeterministicKD(temperature=4.0, divergence='forward_kl', reduction='mean', class_dim=1)",
+        ),
+        (FrozenTeacher(nn.Linear(2, 3)), "FrozenTeacher(Linear, 9 parameters on cpu, save=False)"),
+        (FrozenTeacher(nn.ReLU(), save=True), "FrozenTeacher(ReLU, 0 parameters, save=True)"),
+        (LinearRamp(0.8, 4), "LinearRamp(end=0.8, num_epochs=4)"),
+        (GradientPenalty(), "GradientPenalty(weight=10.0)"),
+        (ZeroCenteredPenalty(0.5), "ZeroCenteredPenalty(gamma=0.5)"),
+        (IndexedDataset([7] * 1234), "IndexedDataset(list, 1,234 items)"),
+    ],
+)
+def test_settings_are_shown(thing, shown):
+    assert repr(thing) == shown
+
+
+def test_a_discriminator_shows_its_settings_and_its_layers():
+    lines = repr(MLPDiscriminator(3, hidden=(8,), spectral_norm=True, negative_slope=0)).splitlines()
+    assert lines[:2] == [
+        "MLPDiscriminator(",
+        "  num_classes=3, hidden=(8,), spectral_norm=True, negative_slope=0.0",
+    ]
+    assert "SpectralLinear(in_features=3, out_features=8, bias=True)" in lines[3]
+
+
+def test_a_store_says_where_it_is(tmp_path):
+    path = str(tmp_path / "targets.bin")
+    size = "num_samples=5, num_classes=3, dtype=torch.float16"
+    for store, text in (
+        (CachedTargets(5, 3), f"CachedTargets({size}, device=cpu)"),
+        (CachedTargets(5, 3, top_k=2), f"CachedTargets({size}, top_k=2, device=cpu)"),
+        (CachedTargets(5, 3, path=path), f"CachedTargets({size}, path={path!r})"),
+        (EMATargets(5, 3, device="meta"), f"EMATargets({size}, device=meta, decay=0.9)"),
+    ):
+        assert repr(store) == text
+
+
+def test_what_has_no_values_is_shown_without_them():
+    shown = repr(AIKDLoss(5, 3, 4).to("meta"))
+    assert "\n  epoch=?\n" in shown
+    assert "  progressive    ?       call" in shown
+    assert "epoch=?, alpha=? by LinearRamp(end=0.8, num_epochs=4)" in shown
