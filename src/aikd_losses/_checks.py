@@ -165,6 +165,21 @@ def like_logits(name: str, value: object, student_logits: Tensor) -> None:
     same_device(name, x, "student_logits", student_logits)
 
 
+def plain_pair(student_logits: object, other: object) -> bool:
+    """Whether two tensors are what most are, float32 of one shape (N, C) on one device: then nothing more need be asked."""
+    return (
+        type(student_logits) is Tensor
+        and type(other) is Tensor
+        and student_logits.dtype == other.dtype == torch.float32
+        and student_logits.layout == other.layout == torch.strided
+        and not (student_logits.is_nested or other.is_nested)
+        and student_logits.shape == other.shape
+        and student_logits.ndim == 2
+        and student_logits.shape[1] >= 2
+        and student_logits.device == other.device
+    )
+
+
 def positions(student_logits: Tensor, axis: int) -> tuple[int, ...]:
     """The shape of the logits without the class axis."""
     shape = tuple(student_logits.shape)

@@ -89,10 +89,14 @@ def deterministic_term(
     class_dim: int | None,
 ) -> _soft_targets.Term:
     """Forward KL as soft targets that can be merged with others, where those are usable."""
-    axis = _check_teacher(student_logits, teacher_logits, mask, class_dim)
-    student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
-    if teacher.dtype != student.dtype:
-        student, teacher = _not_narrower(student, teacher), _not_narrower(teacher, student)
+    student, teacher = student_logits, teacher_logits
+    if mask is not None or class_dim is not None or not _checks.plain_pair(student, teacher):
+        axis = _check_teacher(student, teacher, mask, class_dim)
+        student, teacher = _classes_last(student, axis), _classes_last(teacher, axis)
+        if teacher.dtype != student.dtype:
+            student, teacher = _not_narrower(student, teacher), _not_narrower(teacher, student)
+    if teacher.requires_grad:
+        teacher = teacher.detach()
     return _soft_targets.Term(student, (_soft_targets.Part(teacher, temperature, is_logits=True),), mask, reduction)
 
 

@@ -187,11 +187,12 @@ class LossStack(Carrier):
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
         merged = self._merged(picked)
-        soft, of_soft = (
-            _soft_targets.evaluate(list(merged.values()), self._weights_of(merged)) if merged else (None, [])
-        )
-        values = dict(zip(merged, of_soft, strict=True))
-        total = soft
+        total: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        if merged:
+            total, found = _soft_targets.evaluate(list(merged.values()), self._weights_of(merged))
+            of_soft = _soft_targets.as_tensors(found, total.dtype) if found else [total.detach()]
+            values = dict(zip(merged, of_soft, strict=True))
         for i, (name, term) in enumerate(self.terms.items()):
             if name in merged:
                 continue
