@@ -81,7 +81,7 @@ def usable(*constants: object) -> bool:
     see through it (which then gets the plain composition)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not (constants and any([isinstance(x, Tensor) and x.requires_grad for x in constants]))
+    return not (constants and any(isinstance(x, Tensor) and x.requires_grad for x in constants))
 
 
 def number(x: Share) -> Share:
@@ -139,7 +139,7 @@ def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
 
 def as_tensors(values: Sequence[Share], dtype: torch.dtype) -> list[Tensor]:
     """One call for numbers, which is what they mostly are."""
-    if any(isinstance(x, Tensor) for x in values):
+    if set(map(type, values)) != {float}:
         return [as_tensor(x, dtype) for x in values]
     return list(torch.tensor(values, dtype=dtype).unbind())
 
@@ -226,7 +226,7 @@ def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[
     # What is made takes turns in the same memory, also block by block, so that the peak is that of one block.
     room = {}
     if shared:
-        names = ROOMS if all([x.is_logits for x in parts]) else (*ROOMS, "against")
+        names = ROOMS if all(x.is_logits for x in parts) else (*ROOMS, "against")
         room = {name: new(num_rows if whole else step, num_classes) for name in names}
         if slope is not None:
             room["slope"] = slope
@@ -267,7 +267,7 @@ def _block(
         return _work(student, parts, wanted, room, careful=True)
     values, slope = _work(student, parts, wanted, room, careful=False)
     for x in values:
-        if not math.isfinite(x if type(x) is float else x.sum()):  # type: ignore[union-attr,arg-type]
+        if not math.isfinite(x if type(x) is float else x.sum()):  # type: ignore[union-attr]
             return _work(student, parts, wanted, room, careful=True)
     return values, slope
 
@@ -410,7 +410,7 @@ def _add(against: Tensor | None, p: Tensor, slope: Share, dim: int, out: Tensor 
 
 def _scattered(against: Tensor, dim: int, at: Tensor, slope: Share) -> Tensor:
     """against - slope at the labels, one a row."""
-    if isinstance(slope, float) and against.device.type == "cpu":
+    if type(slope) is float and against.is_cpu:
         return against.scatter_(dim, at, -slope, reduce="add")
     # Not scatter_add_, which has no deterministic form on a GPU.
     factor = _along(slope, dim) if isinstance(slope, Tensor) else slope
