@@ -281,8 +281,9 @@ def _work(
     values: list[Share] = [0.0] * len(parts)
     slope = None
     for temperature in dict.fromkeys([x.temperature for x in parts]):
-        scaled = _tempered(student, temperature, dim, dtype, room.get("scaled"))
-        log_q = torch._log_softmax(scaled, dim, False, out=room.get("log_q"))
+        log_q = torch._log_softmax(
+            _tempered(student, temperature, dim, dtype, room.get("scaled")), dim, False, out=room.get("log_q")
+        )
         against = None  # minus the targets, each times its factor
         labels = []
         for i, x in enumerate(parts):
