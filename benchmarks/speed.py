@@ -443,25 +443,18 @@ def seconds(loss: Step, s: Tensor) -> float:
 def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
     s = torch.randn(row.shape, device=device, dtype=row.dtype).requires_grad_()
     for _ in range(2):  # warm up
-        estimate = sum(seconds(loss, s) for loss in (row.usual, row.ours, *row.peers.values()))
-    usual, ours, others = [], [], {name: [] for name in row.peers}
-    for _ in range(max(7, min(500, int(budget / estimate)))):
-        usual.append(seconds(row.usual, s))
-        ours.append(seconds(row.ours, s))
-        for name, loss in row.peers.items():
-            others[name].append(seconds(loss, s))
-    floors = {}
-    for name, loss in row.floors.items():  # apart, so that ours and the usual stay neighbours
-        seconds(loss, s)
-        pairs = [(seconds(row.usual, s), seconds(loss, s)) for _ in range(len(ours))]
-        floors[name] = ratios([b for _, b in pairs], [a for a, _ in pairs])
+        estimate = seconds(row.usual, s) + seconds(row.ours, s)
+    runs = max(7, min(500, int(budget / estimate)))
+    usual, ours = in_turn(row.usual, row.ours, s, runs)
     ratio, quartiles = ratios(ours, usual)
+    # A pair at a time: what a third one leaves in the caches would count for one side and against the other.
+    peers = {name: ratios(*in_turn(row.ours, loss, s, runs)) for name, loss in row.peers.items()}
+    floors = {name: ratios(*in_turn(loss, row.usual, s, runs)) for name, loss in row.floors.items()}
     result = {
         "name": row.name, "shape": row.shape, "dtype": str(row.dtype), "bound": row.bound, "ratio": ratio,
         "quartiles": quartiles, "runs": len(ours), "usual_seconds": statistics.median(usual),
         "bounds": {"kernels": row.kernels, "peak": row.peak, "error": row.error},
-        "peers": {name: dict(zip(("ratio", "quartiles"), ratios(ours, times), strict=True))
-                  for name, times in others.items()},
+        "peers": {name: dict(zip(("ratio", "quartiles"), found, strict=True)) for name, found in peers.items()},
         "floors": {name: dict(zip(("ratio", "quartiles"), found, strict=True)) for name, found in floors.items()},
     }  # fmt: skip
     if row.error is not None:
@@ -475,6 +468,12 @@ def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
         s.grad = None
         result[side]["kept"], result[side]["peak"] = memory(loss, s, row.copy)
     return result
+
+
+def in_turn(first: Step, second: Step, s: Tensor, runs: int) -> tuple[list[float], list[float]]:
+    """The seconds of both, timed in turn."""
+    pairs = [(seconds(first, s), seconds(second, s)) for _ in range(runs + 1)][1:]  # the first one warms up
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def ratios(ours: list[float], others: list[float]) -> tuple[float, list[float]]:
