@@ -8,9 +8,10 @@ Forward and backward of each pair are timed in turn in one process; a row shows 
 with its quartiles. Kernels are the operators that compute something (views and bookkeeping are left out). "Kept" is what is
 held between the passes, "peak" what is allocated at the most beyond the inputs (CPU: the allocator's record; CUDA: its
 statistics), in copies of the logits in float32. A bound is what we hold ourselves to, in time, kernels, peak or error of the
-gradient; a row that misses it says so. KD is timed against other packages too, where they are installed (`PEERS`). On CUDA a
-row also says what share of the bandwidth of a copy, measured here, its inputs and its gradient get. Writes
-`benchmarks/results/speed-<device>.json`.
+gradient; a row that misses it says so. KD is timed against other packages too, where they are installed (`PEERS`). Its small
+rows have floors, in time to the usual composition: an autograd function that does nothing, and one that does the arithmetic
+without a check. On CUDA a row also says what share of the bandwidth of a copy, measured here, its inputs and its gradient get.
+Writes `benchmarks/results/speed-<device>.json`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,44 @@ class Row:
     error: float | None = None
     exact: Step | None = None  # what the error is of, given float64
     peers: dict[str, Step] = field(default_factory=dict)
+    floors: dict[str, Step] = field(default_factory=dict)
+
+
+class Nothing(torch.autograd.Function):
+    """What any autograd function costs."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor) -> Tensor:
+        ctx.slope = torch.empty_like(s)
+        return torch.scalar_tensor(0.0, device=s.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        slope, ctx.slope = ctx.slope, None
+        return slope
+
+
+class Bare(torch.autograd.Function):
+    """The arithmetic of `DeterministicKD` where nothing is to be checked, chosen or handed down."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor, temperature: float) -> Tensor:
+        s, t = s * (1 / temperature), t * (1 / temperature)
+        dim = 0 if s.shape[1] < 32 else 1
+        if dim == 0:
+            s, t = s.t().contiguous(), t.t().contiguous()
+        log_q, p = torch.log_softmax(s, dim), torch.softmax(t, dim)
+        terms = torch.log_softmax(t, dim).sub_(log_q)
+        scale = temperature / p.shape[1 - dim]
+        value = torch.dot(terms.view(-1), p.view(-1)) * (temperature * scale)
+        slope = torch._log_softmax_backward_data(p.mul_(-scale), log_q, dim, s.dtype)
+        ctx.slope = slope if dim else slope.t().contiguous()
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        slope, ctx.slope = ctx.slope, None
+        return slope.mul_(grad), None, None
 
 
 def kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
@@ -142,6 +181,8 @@ def rows(device: torch.device, say: Callable[[str], None] = lambda line: None) -
         row.peers = {name: lambda s, t=t, loss=loss: loss(s, t) for name, loss in others.items()}
         row.kernels = 12 if shape == (128, 100) else None
         row.peak = 1.5 if shape[1] > 10_000 else None
+        if shape[0] == 128:
+            row.floors = {"nothing": Nothing.apply, "arithmetic": lambda s, t=t: Bare.apply(s, t, 4.0)}
         yield row
     for shape in ((256, 1000), (64, 21841)):
         t = torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -402,20 +443,19 @@ def seconds(loss: Step, s: Tensor) -> float:
 def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
     s = torch.randn(row.shape, device=device, dtype=row.dtype).requires_grad_()
     for _ in range(2):  # warm up
-        estimate = sum(seconds(loss, s) for loss in (row.usual, row.ours, *row.peers.values()))
-    usual, ours, others = [], [], {name: [] for name in row.peers}
-    for _ in range(max(7, min(500, int(budget / estimate)))):
-        usual.append(seconds(row.usual, s))
-        ours.append(seconds(row.ours, s))
-        for name, loss in row.peers.items():
-            others[name].append(seconds(loss, s))
+        estimate = seconds(row.usual, s) + seconds(row.ours, s)
+    runs = max(7, min(500, int(budget / estimate)))
+    usual, ours = in_turn(row.usual, row.ours, s, runs)
     ratio, quartiles = ratios(ours, usual)
+    # A pair at a time: what a third one leaves in the caches would count for one side and against the other.
+    peers = {name: ratios(*in_turn(row.ours, loss, s, runs)) for name, loss in row.peers.items()}
+    floors = {name: ratios(*in_turn(loss, row.usual, s, runs)) for name, loss in row.floors.items()}
     result = {
         "name": row.name, "shape": row.shape, "dtype": str(row.dtype), "bound": row.bound, "ratio": ratio,
         "quartiles": quartiles, "runs": len(ours), "usual_seconds": statistics.median(usual),
         "bounds": {"kernels": row.kernels, "peak": row.peak, "error": row.error},
-        "peers": {name: dict(zip(("ratio", "quartiles"), ratios(ours, times), strict=True))
-                  for name, times in others.items()},
+        "peers": {name: dict(zip(("ratio", "quartiles"), found, strict=True)) for name, found in peers.items()},
+        "floors": {name: dict(zip(("ratio", "quartiles"), found, strict=True)) for name, found in floors.items()},
     }  # fmt: skip
     if row.error is not None:
         result["error"] = gradient_error(row.ours, row.exact, s)
@@ -428,6 +468,12 @@ def measure(row: Row, device: torch.device, budget: float) -> dict[str, Any]:
         s.grad = None
         result[side]["kept"], result[side]["peak"] = memory(loss, s, row.copy)
     return result
+
+
+def in_turn(first: Step, second: Step, s: Tensor, runs: int) -> tuple[list[float], list[float]]:
+    """The seconds of both, timed in turn."""
+    pairs = [(seconds(first, s), seconds(second, s)) for _ in range(runs + 1)][1:]  # the first one warms up
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def ratios(ours: list[float], others: list[float]) -> tuple[float, list[float]]:
@@ -495,6 +541,9 @@ def main() -> None:
         for name, peer in r["peers"].items():
             low, high = peer["quartiles"]
             table.add_row(f"  against {name}", "", f"{peer['ratio']:.2f} ({low:.2f}-{high:.2f})")
+        for name, floor in r["floors"].items():
+            low, high = floor["quartiles"]
+            table.add_row(f"  floor: {name}", "", f"{floor['ratio']:.2f} ({low:.2f}-{high:.2f})")
     console.print(table)
     if args.out is None and args.rows:
         return

@@ -50,6 +50,19 @@ def test_float32_is_float64_within_a_millionth(way, temperature, scale):
     assert (found - slope).abs().max() <= 1e-5 * slope.abs().max()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("offset", [0.0, 2.0**12])
+def test_it_is_where_logits_are_large_or_far_from_zero_too(temperature, offset):
+    """More than `SHORT` elements, whose logarithm of p is made from its largest value."""
+    g = torch.Generator().manual_seed(1)
+    s, t = (torch.randn(64, 400, generator=g) + x for x in (-offset, offset))
+    assert s.numel() > _soft_targets.SHORT
+    expected, slope = with_gradient(lambda x: usual(x, t.double(), temperature), s.double())
+    value, found = with_gradient(lambda x: deterministic_kd(x, t, temperature=temperature), s)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    assert (found - slope).abs().max() <= 1e-5 * slope.abs().max()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("soft", [False, True])
 def test_progressive_is_the_published_rule(way, temperature, soft):
@@ -224,6 +237,13 @@ def test_a_transform_sees_what_the_loops_give(kind, alpha, masked):
     slope, value = torch.func.grad_and_value(lambda x: progressive_kd(x, previous, target, **given))(s)
     assert value.item() == pytest.approx(sum(values) / len(values), rel=1e-5)
     torch.testing.assert_close(slope, with_gradient(lambda x: progressive_kd(x, previous, target, **given), s)[1])
+
+
+def test_no_gradient_reaches_previous_predictions_or_the_teacher():
+    s, fixed = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4).requires_grad_()
+    (progressive_kd(s, fixed.softmax(-1), alpha=0.3) + deterministic_kd(s, 2 * fixed)).backward()
+    assert s.grad is not None
+    assert fixed.grad is None
 
 
 @pytest.mark.parametrize("learned", ["alpha", "target"])

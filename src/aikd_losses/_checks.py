@@ -166,6 +166,37 @@ def like_logits(name: str, value: object, student_logits: Tensor) -> None:
     same_device(name, x, "student_logits", student_logits)
 
 
+def plain(*logits: object) -> bool:
+    """Whether logits are what most are, float32 of one shape (N, C) on one device: then nothing more need be asked of
+    them. Where they are not, the checks find out whether that is an error, and the sentence that says so."""
+    first = logits[0]
+    for x in logits:
+        if (
+            type(x) is not Tensor
+            or x.dtype != torch.float32
+            or x.layout != torch.strided
+            or x.is_nested
+            or x.ndim != 2
+            or x.shape[1] < 2
+        ):
+            return False
+        if x is not first and (x.shape != first.shape or x.device != first.device):  # type: ignore[attr-defined]
+            return False
+    return True
+
+
+def plain_ids(x: object, logits: Tensor) -> bool:
+    """The same for labels or sample ids: int64, one a row of `logits` (N, C), on their device."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.int64
+        and x.layout == torch.strided
+        and not x.is_nested
+        and x.shape == logits.shape[:1]
+        and x.device == logits.device
+    )
+
+
 def positions(student_logits: Tensor, axis: int) -> tuple[int, ...]:
     """The shape of the logits without the class axis."""
     shape = tuple(student_logits.shape)

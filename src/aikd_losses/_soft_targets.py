@@ -23,7 +23,7 @@ from . import _checks
 
 BLOCK = 2**17  # elements that a CPU works on at a time (twice as many it does in one go): 0.5 MB in float32
 DEVICE_BLOCK = 2**24  # elements that other devices do: 64 MB
-ROOMS = ("scaled", "log_q", "teacher", "p")  # what a block makes; targets that are no logits ask for one more
+ROOMS = ("scaled", "log_q", "p")  # what a block makes; targets that are no logits ask for one more
 FEW_CLASSES = 32  # below, a CPU is faster with the classes on the first axis
 SHORT = 2**14  # elements up to which a dot product, which adds them one by one, is precise
 # Where the direct sum of a KL divergence, whose terms cancel, has lost more than a millionth: above this T, and below this
@@ -52,10 +52,11 @@ class Term(NamedTuple):
     reduction: str
 
 
-def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
-    """The weighted sum, and each term's own value, detached. The terms have the same student and the same mask."""
+def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, list[Share]]:
+    """The weighted sum, and each term's own value where that is not the sum. The terms have the same student and mask."""
     student = terms[0].student
-    task = _Task(terms, weights, student.requires_grad and torch.is_grad_enabled(), [])
+    values: list[Share] = []
+    task = terms, weights, student.requires_grad and torch.is_grad_enabled(), values
     try:
         total = _SoftTargets.apply(student, task)  # type: ignore[no-untyped-call]
     except RuntimeError:  # the kernels look for labels out of range themselves; this says so in a sentence
@@ -64,7 +65,7 @@ def evaluate(terms: Sequence[Term], weights: Sequence[Share]) -> tuple[Tensor, l
                 if not part.target.is_floating_point():
                     _checks.labels_in_range(part.target, student.shape[-1], term.mask)
         raise
-    return total, as_tensors(task.values, total.dtype) if task.values else [total.detach()]
+    return total, values
 
 
 def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None]:
@@ -78,61 +79,50 @@ def sums_and_slope(term: Term, wanted: bool) -> tuple[list[Share], Tensor | None
 def usable(*constants: object) -> bool:
     """Whether the analytic gradient is all that is asked for: none for `constants`, no transform or compiler that has to
     see through it (which then gets the plain composition)."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(isinstance(x, Tensor) and x.requires_grad for x in constants)
-    )
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (constants and any(isinstance(x, Tensor) and x.requires_grad for x in constants))
 
 
 def number(x: Share) -> Share:
     """A 0-d tensor as a number, where looking is free."""
-    return float(x) if not isinstance(x, Tensor) or (x.ndim == 0 and x.device.type == "cpu") else x
-
-
-class _Task(NamedTuple):
-    terms: Sequence[Term]
-    weights: Sequence[Share]
-    wanted: bool  # a gradient
-    values: list[Share]  # of the terms, put there by the forward pass where they are not the total
+    return float(x) if not isinstance(x, Tensor) or (x.ndim == 0 and x.is_cpu) else x
 
 
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, task: _Task) -> Tensor:
-        """The total."""
+    def forward(ctx: Any, student: Tensor, task: tuple[Sequence[Term], Sequence[Share], bool, list[Share]]) -> Tensor:
+        """The total; the terms' own values, where they are something else, are put into the last of the `task`."""
         terms, weights, wanted, values = task
         parts, rows, counts = _scaled_parts(student, terms, weights)
         sums, slope = _all_rows(rows, parts, wanted)
         if wanted:
-            ctx.task, ctx.slope = task, slope
-            targets = [
-                part.target for term in terms for part in term.parts
-            ]  # those made in inference mode cannot be saved
-            ctx.save_for_backward(student, *[x for x in targets if not x.is_inference()])
-        dtype = wide_type(student)
+            ctx.terms, ctx.weights, ctx.slope = terms, weights, slope
+            # Those made in inference mode cannot be saved.
+            targets = [x[0] for term in terms for x in term.parts if not x[0].is_inference()]
+            ctx.save_for_backward(student, *targets)
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         if len(terms) == 1 and type(weights[0]) is float and weights[0] == 1.0:
             return as_tensor(_reduced(sums, terms[0], counts[0], student), dtype)
-        found = []
-        for term, count in zip(terms, counts, strict=True):
-            found.append(_reduced(sums[: len(term.parts)], term, count, student))
+        total: Share = 0.0
+        for term, weight, count in zip(terms, weights, counts, strict=True):
+            value = _reduced(sums[: len(term.parts)], term, count, student)
             sums = sums[len(term.parts) :]
-        total = sum([weight * value for weight, value in zip(weights, found, strict=True)])
-        values.extend(found)
+            total = total + weight * value
+            values.append(value)
         return as_tensor(total, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         student = ctx.saved_tensors[0]  # refuses targets that were changed in place, too
-        terms, weights, _, _ = ctx.task
         # The first backward pass takes what the forward pass made; another one finds nothing and computes it anew.
         slope, ctx.slope = ctx.slope, None
         if torch.is_grad_enabled():  # to be differentiated once more
-            parts, rows, _ = _scaled_parts(student, terms, weights)
+            parts, rows, _ = _scaled_parts(student, ctx.terms, ctx.weights)
             slope = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
         else:
             if slope is None:
-                parts, rows, _ = _scaled_parts(student, terms, weights)
+                parts, rows, _ = _scaled_parts(student, ctx.terms, ctx.weights)
                 slope = _all_rows(rows, parts, True)[1]
             if slope.ndim != student.ndim:
                 slope = slope.view(student.shape)
@@ -149,7 +139,7 @@ def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
 
 def as_tensors(values: Sequence[Share], dtype: torch.dtype) -> list[Tensor]:
     """One call for numbers, which is what they mostly are."""
-    if any(isinstance(x, Tensor) for x in values):
+    if set(map(type, values)) != {float}:
         return [as_tensor(x, dtype) for x in values]
     return list(torch.tensor(values, dtype=dtype).unbind())
 
@@ -170,9 +160,10 @@ def _scaled_parts(
 ) -> tuple[list[_Scaled], Tensor, list[Share]]:
     """The parts and the student with one axis of rows, and what the sum of each term is divided by; what a mask hides is 0
     and has no share."""
-    mask = terms[0].mask
-    hidden = None if mask is None else ~mask.reshape(-1)
-    shown = None if mask is None else mask.reshape(-1).to(wide_type(student))  # a number times a bool would be float32
+    mask, hidden, shown = terms[0].mask, None, None
+    if mask is not None:
+        hidden = ~mask.reshape(-1)
+        shown = mask.reshape(-1).to(wide_type(student))  # a number times a bool would be float32
     found, counts = [], []
     for term, weight in zip(terms, weights, strict=True):
         count = _count(term, student)
@@ -183,19 +174,20 @@ def _scaled_parts(
                 share, rowwise = share.reshape(-1), True  # type: ignore[union-attr]
             if shown is not None:
                 share, rowwise = share * shown, True
+            axes = 1 if is_logits else int(target.is_floating_point())
+            if hidden is not None or target.ndim != 1 + axes:
+                target = _flat(target, hidden, axes)
             slope = weight * share * (temperature / count)
-            target = _flat(target, hidden, int(target.is_floating_point()))
             found.append(_Scaled(target, temperature, share, is_logits, slope, rowwise))
-    return found, _flat(student, hidden, 1), counts
+    if hidden is not None or student.ndim != 2:
+        student = _flat(student, hidden, 1)
+    return found, student, counts
 
 
 def _flat(x: Tensor, hidden: Tensor | None, axes: int) -> Tensor:
     """With one axis of rows before the `axes`; 0 in rows that are hidden, where an ignored label, -100 say, is no class."""
-    if x.ndim != 1 + axes:
-        x = x.reshape(-1, *x.shape[x.ndim - axes :])
-    if hidden is None:
-        return x
-    return x.masked_fill(hidden.unsqueeze(-1) if axes else hidden, 0)
+    x = x.reshape(-1, *x.shape[x.ndim - axes :])
+    return x if hidden is None else x.masked_fill(hidden.unsqueeze(-1) if axes else hidden, 0)
 
 
 def _count(term: Term, student: Tensor) -> Share:
@@ -210,32 +202,42 @@ def _count(term: Term, student: Tensor) -> Share:
 def _reduced(sums: Sequence[Share], term: Term, count: Share, student: Tensor) -> Share:
     """The value of a term from the sums of its parts."""
     value = sums[0] if len(sums) == 1 else sum(sums)
+    if type(value) is float and term.reduction != "none":
+        return value / count
     if term.reduction == "none":
         shape = student.shape[:-1]
         if not isinstance(value, Tensor):
             return student.new_zeros(shape, dtype=wide_type(student))
         return value if value.shape == shape else value.view(shape).clone()  # a view would forbid changes in place
-    return (number(value.sum()) if isinstance(value, Tensor) else value) / count
+    return number(value.sum()) / count  # type: ignore[union-attr]
 
 
 def _all_rows(student: Tensor, parts: Sequence[_Scaled], wanted: bool) -> tuple[list[Share], Tensor | None]:
     """Of each part share * T**2 * its value, a sum or one a row, and the gradient, if `wanted`."""
     num_rows, num_classes = student.shape
-    on_cpu = student.device.type == "cpu"
+    on_cpu = student.is_cpu
     step = max(1, (BLOCK if on_cpu else DEVICE_BLOCK) // num_classes)
-    if num_rows <= (2 * step if on_cpu else step):
+    whole = num_rows <= (2 * step if on_cpu else step)
+    shared = on_cpu and num_classes >= FEW_CLASSES
+    if whole and not (shared and num_rows * num_classes > SHORT):
         return _block(student, parts, wanted, {})
     new = partial(torch.empty, dtype=wide_type(student), device=student.device)
     slope = new(student.shape) if wanted else None
-    # Blocks take turns in the same memory, so that the peak is that of one block.
-    names = ROOMS if all(x.is_logits for x in parts) else (*ROOMS, "against")
-    room = {name: new(step, num_classes) for name in names} if on_cpu and num_classes >= FEW_CLASSES else {}
+    # What is made takes turns in the same memory, also block by block, so that the peak is that of one block.
+    room = {}
+    if shared:
+        names = ROOMS if all(x.is_logits for x in parts) else (*ROOMS, "against")
+        room = {name: new(num_rows if whole else step, num_classes) for name in names}
+        if slope is not None:
+            room["slope"] = slope
+    if whole:
+        return _block(student, parts, wanted, room)
     into = [None] * -(-num_rows // step) if slope is None else slope.split(step)
     sums = []
     for rows, its_slope, its_parts in zip(student.split(step), into, _split(parts, step, len(into)), strict=True):
         if len(rows) < step:
             room = {name: x[: len(rows)] for name, x in room.items()}
-        if its_slope is not None:
+        if room and its_slope is not None:
             room["slope"] = its_slope
         values, result = _block(rows, its_parts, wanted, room)
         if its_slope is not None and result is not None and result is not its_slope:
@@ -261,11 +263,12 @@ def _block(
     student: Tensor, parts: Sequence[_Scaled], wanted: bool, room: Mapping[str, Tensor]
 ) -> tuple[list[Share], Tensor | None]:
     """`_work`, once more with care where a CPU sees that it was needed."""
-    if student.device.type != "cpu":
+    if not student.is_cpu:
         return _work(student, parts, wanted, room, careful=True)
     values, slope = _work(student, parts, wanted, room, careful=False)
-    if not math.isfinite(sum([float(x.sum()) if isinstance(x, Tensor) else x for x in values])):
-        return _work(student, parts, wanted, room, careful=True)
+    for x in values:
+        if not math.isfinite(x if type(x) is float else x.sum()):  # type: ignore[union-attr]
+            return _work(student, parts, wanted, room, careful=True)
     return values, slope
 
 
@@ -273,39 +276,44 @@ def _work(
     student: Tensor, parts: Sequence[_Scaled], wanted: bool, room: Mapping[str, Tensor], careful: bool
 ) -> tuple[list[Share], Tensor | None]:
     """Without care, a class that is excluded (p or q is 0) gives NaN. What is made goes into the `room` that there is."""
-    dim = 0 if student.shape[1] < FEW_CLASSES and student.device.type == "cpu" else 1
-    dtype = wide_type(student)
+    dim = 0 if student.shape[1] < FEW_CLASSES and student.is_cpu else 1
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     values: list[Share] = [0.0] * len(parts)
     slope = None
     for temperature in dict.fromkeys([x.temperature for x in parts]):
-        log_q = _log_softmax(_tempered(student, temperature, dim, dtype, room.get("scaled")), dim, room.get("log_q"))
+        log_q = torch._log_softmax(
+            _tempered(student, temperature, dim, dtype, room.get("scaled")), dim, False, out=room.get("log_q")
+        )
         against = None  # minus the targets, each times its factor
         labels = []
         for i, x in enumerate(parts):
             if x.temperature != temperature or (type(x.share) is float and x.share == 0.0):
                 continue
-            if not x.target.is_floating_point():
-                at = x.target.unsqueeze(dim)
-                labels.append((at, x.slope))
-                values[i] = _shared(log_q.gather(dim, at), x, dim, -1.0)
-                continue
             difference = None
             if x.is_logits:
                 # `against` may lie where the p of the first KL was.
-                p, value, difference = _kl(student, x, log_q, dim, room if against is None else {}, careful)
-                values[i] = _shared(value, x, dim, 1.0)
-            else:
+                p, value, difference = _kl(student, x, log_q, dim, room, against is None, careful)
+                usual = type(value) is float and type(x.share) is float
+                values[i] = temperature**2 * x.share * value if usual else _shared(value, x, dim, 1.0)
+            elif x.target.is_floating_point():
                 p = x.target if x.target.dtype == dtype else x.target.to(dtype)
                 p = p if dim else p.t()
                 terms = log_q.masked_fill(p == 0, 0.0) if careful else log_q  # 0 log 0 = 0
                 values[i] = _shared(_inner(terms, p, x.rowwise, room.get("scaled")), x, dim, -1.0)
+            else:
+                at = x.target.unsqueeze(dim)
+                labels.append((at, x.slope))
+                values[i] = _shared(log_q.gather(dim, at), x, dim, -1.0)
+                continue
             if not wanted:
                 continue
             if difference is not None:
                 difference.mul_(_along(x.slope, dim) if isinstance(x.slope, Tensor) else x.slope)
                 slope = difference if slope is None else slope.add_(difference)
             else:
-                against = _add(against, p, x.slope, dim, p if x.is_logits else room.get("against"))
+                out = p if x.is_logits else room.get("against")
+                usual = against is None and type(x.slope) is float
+                against = torch.mul(p, -x.slope, out=out) if usual else _add(against, p, x.slope, dim, out)
         if not wanted:
             continue
         for at, factor in labels:
@@ -313,7 +321,7 @@ def _work(
                 against = room["against"].zero_() if "against" in room else torch.zeros_like(log_q)
             against = _scattered(against, dim, at, factor)
         if against is not None:  # against - q * (sum of against over the classes)
-            out = room.get("slope" if slope is None else "scaled") if dim else None
+            out = room.get("slope" if slope is None else "scaled")
             result = torch._log_softmax_backward_data(against, log_q, dim, dtype, out=out)
             slope = result if slope is None else slope.add_(result)
     if not wanted:
@@ -321,14 +329,6 @@ def _work(
     if slope is None:  # no part has a share
         return values, torch.zeros_like(student, dtype=dtype)
     return values, slope if dim else slope.t().contiguous()
-
-
-def _log_softmax(x: Tensor, dim: int, out: Tensor | None) -> Tensor:
-    return torch.log_softmax(x, dim) if out is None else torch._log_softmax(x, dim, False, out=out)
-
-
-def _softmax(x: Tensor, dim: int, out: Tensor | None) -> Tensor:
-    return torch.softmax(x, dim) if out is None else torch._softmax(x, dim, False, out=out)
 
 
 def _inner(a: Tensor, b: Tensor, rowwise: bool, out: Tensor | None) -> Tensor:
@@ -339,22 +339,28 @@ def _inner(a: Tensor, b: Tensor, rowwise: bool, out: Tensor | None) -> Tensor:
 
 
 def _kl(
-    student: Tensor, x: _Scaled, log_q: Tensor, dim: int, room: Mapping[str, Tensor], careful: bool
+    student: Tensor, x: _Scaled, log_q: Tensor, dim: int, room: Mapping[str, Tensor], first: bool, careful: bool
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """p, terms that sum to KL (or their sum) and, where the difference of the two softmax would be imprecise, q - p."""
-    teacher = _tempered(x.target, x.temperature, dim, log_q.dtype, room.get("teacher"))
+    scaled = room.get("scaled")
+    teacher = _tempered(x.target, x.temperature, dim, log_q.dtype, scaled)
     if not dim:
         teacher = teacher.contiguous()
-    p = _softmax(teacher, dim, room.get("p"))
+    p = torch._softmax(teacher, dim, False, out=room.get("p") if first else None)
     if careful:
         return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
     if x.temperature <= DIRECT:
-        terms = _log_softmax(teacher, dim, room.get("scaled")).sub_(log_q)
-        terms = _inner(terms, p, x.rowwise, terms)
+        if scaled is None:
+            terms = torch.log_softmax(teacher, dim)
+        else:  # the largest p is 1 / sum(exp(teacher - largest)): faster than to sum once more
+            terms = torch.sub(teacher, teacher.amax(dim, keepdim=True), out=scaled)
+            terms.add_(p.amax(dim, keepdim=True).log_())
+        terms = _inner(terms.sub_(log_q), p, x.rowwise, terms)
         value = float(terms.sum() if terms.ndim else terms)
-        if not value < NEAR * len(student):
+        if not value < NEAR * student.shape[0]:
             return p, terms if x.rowwise else value, None
     if p.numel() and float(p.min()) < SMALLEST:
+        teacher = _tempered(x.target, x.temperature, dim, log_q.dtype, None)  # `terms` may lie where it was
         return p, kl_terms(torch.log_softmax(teacher, dim), log_q), None
     return p, *_near(_tempered(wide(student) - x.target, x.temperature, dim, log_q.dtype, None), p, dim)
 
@@ -405,7 +411,7 @@ def _add(against: Tensor | None, p: Tensor, slope: Share, dim: int, out: Tensor 
 
 def _scattered(against: Tensor, dim: int, at: Tensor, slope: Share) -> Tensor:
     """against - slope at the labels, one a row."""
-    if isinstance(slope, float) and against.device.type == "cpu":
+    if type(slope) is float and against.is_cpu:
         return against.scatter_(dim, at, -slope, reduce="add")
     # Not scatter_add_, which has no deterministic form on a GPU.
     factor = _along(slope, dim) if isinstance(slope, Tensor) else slope
@@ -436,7 +442,7 @@ def _differentiable(student: Tensor, parts: Sequence[_Scaled]) -> Tensor:
 def _tempered(logits: Tensor, temperature: float, dim: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """logits / T in `dtype`, with the classes on the axis `dim`."""
     if logits.dtype != dtype:
-        logits = logits.to(dtype) if out is None else out.copy_(logits)
+        logits = out = logits.to(dtype) if out is None else out.copy_(logits)
     if temperature != 1.0:
         logits = torch.mul(logits, 1.0 / temperature, out=out)
     return logits if dim else logits.t()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral, Real
@@ -151,7 +151,7 @@ class AdversarialDistributionLoss(Carrier):
     ) -> Tensor:
         """A value a row, by the discriminator as it is; its buffers stay as they are. A graph that is kept does not reach what
         a later step will change."""
-        state = {name: x.clone() for name, x in self.discriminator.named_buffers()}
+        state = _buffers(self.discriminator)
         if kept:
             state.update({name: x.detach().clone() for name, x in self.discriminator.named_parameters()})
         score = partial(self._score, state, condition)
@@ -181,7 +181,7 @@ class AdversarialDistributionLoss(Carrier):
     ) -> Tensor:
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
-        buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
+        buffers = _buffers(self.discriminator)
         both = torch.cat([self._rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
         with _no_autocast(both.device.type):
             values = self._discriminator_values(buffers, both, condition, self._both_scores(buffers, both, condition))
@@ -227,7 +227,6 @@ class AdversarialDistributionLoss(Carrier):
             self._step, self.optimizer, student_logits.detach(), teacher_logits.detach(), axis, mask, condition
         )
 
-    @torch.enable_grad()
     def _step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -237,23 +236,25 @@ class AdversarialDistributionLoss(Carrier):
         mask: Tensor | None,
         condition: Tensor | None,
     ) -> Tensor:
-        self._agree_on_all_ranks()
+        alone = not self._ranks.active()
+        if not (alone or self._same_on_all_ranks):
+            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+            self._same_on_all_ranks = True
         both = torch.cat([functional.rows(x, axis, mask).flatten(0, -2) for x in (teacher_logits, student_logits)])
         counts = None if mask is None else mask.flatten()
         if not (_checks.values_are_free(both) and math.isfinite(float(both.sum()))):
             finite = functional.finite_rows(both).unflatten(0, (2, -1)).all(0)
             counts = finite if counts is None else finite & counts
             both = both.masked_fill(~torch.cat([finite, finite]).unsqueeze(-1), 0.0)
-        parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
-        with _no_autocast(both.device.type):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in held if p.requires_grad]
+        with torch.enable_grad(), _no_autocast(both.device.type):
             shown = self._seen(both)
             scores = self._both_scores({}, shown, condition)
             values = self._discriminator_values({}, shown, condition, scores)
-            alone = not self._ranks.active()
-            loss = functional.reduce_positions(values, counts, "mean" if alone else "sum")
-            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
-        loss = loss.detach()
-        optimizer.zero_grad(set_to_none=True)  # leaves out what is not ours
+            loss, weights = _reduced(values, counts, "mean" if alone else "sum")
+            slopes = torch.autograd.grad(values, parameters, weights, allow_unused=True)
+        _forget_gradients(held)  # leaves out what is not ours
         used = [(p, slope) for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
         if not alone:  # sums and counts over ranks, so that the mean is over all rows, however many each rank has
             count = loss.new_tensor(len(values)) if counts is None else counts.sum().to(loss)
@@ -270,7 +271,7 @@ class AdversarialDistributionLoss(Carrier):
         optimizer.step()
         if not self._spoils_slopes and before != [slope._version for _, slope in used]:
             self._spoils_slopes, steep = True, None
-        optimizer.zero_grad(set_to_none=True)  # zeros would let another optimizer that holds them decay them
+        _forget_gradients(held)  # zeros would let another optimizer that holds them decay them
         self._seen_last = _Step(loss, scores[0].detach(), scores[1].detach(), counts, steep)
         return loss
 
@@ -298,11 +299,6 @@ class AdversarialDistributionLoss(Carrier):
             norms = [torch.linalg.vector_norm(x.float()) for x in steep] or [torch.zeros_like(loss)]
             found["gradient_norm"] = torch.linalg.vector_norm(torch.stack(norms))
         return found
-
-    def _agree_on_all_ranks(self) -> None:
-        if self._ranks.active() and not self._same_on_all_ranks:
-            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
-            self._same_on_all_ranks = True
 
     def _both_scores(self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The teacher's and the student's, whose rows stand one side below the other and are shown in one call."""
@@ -354,9 +350,7 @@ class AdversarialDistributionLoss(Carrier):
         self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
     ) -> tuple[int, Tensor | None]:
         """The class axis, and the condition as a row a position, without what a mask hides."""
-        axis = _checks.logits(student_logits, self.class_dim)
-        _checks.like_logits("teacher_logits", teacher_logits, student_logits)
-        _checks.mask(mask, student_logits, axis)
+        axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
         home = _first_parameter(self.discriminator, student_logits).device
         if home != student_logits.device:
             raise ValueError(
@@ -460,13 +454,13 @@ class _Fooling(torch.autograd.Function):
         with torch.set_grad_enabled(wanted):
             shown = student.detach().requires_grad_(wanted)
             values = loss._student_values(shown, teacher, condition)
-            value = functional.reduce_positions(values, counts, loss.reduction)
-            if wanted and value.requires_grad:
-                slopes = torch.autograd.grad(value, shown, allow_unused=True, materialize_grads=True)
+            value, weights = _reduced(values, counts, loss.reduction)
+            if wanted and values.requires_grad:
+                slopes = torch.autograd.grad(values, shown, weights, allow_unused=True, materialize_grads=True)
                 ctx.save_for_backward(*slopes)
             elif wanted:  # a discriminator that looks at nothing
                 ctx.save_for_backward(torch.zeros_like(shown))
-        return value.detach()
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -476,6 +470,35 @@ class _Fooling(torch.autograd.Function):
                 "other terms alone."
             )
         return ctx.saved_tensors[0] * grad, None, None, None, None
+
+
+@torch.no_grad()
+def _reduced(values: Tensor, counts: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    """The mean or sum of the values, one a row, of the rows that count, and its gradient."""
+    rows = max(1, values.numel()) if reduction == "mean" else 1
+    if counts is None:
+        weights = torch.full_like(values, 1 / rows)
+    elif reduction == "mean":
+        weights = counts.to(values.dtype) / counts.sum().clamp_min(1)
+    else:
+        weights = counts.to(values.dtype)
+    return functional.reduce_positions(values, counts, reduction), weights
+
+
+def _forget_gradients(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all of them."""
+    return {name: x.clone() for name, x in module.named_buffers()} if _has_buffers(module) else {}
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    """Without the chain of generators that `module.buffers()` is: it is asked in every step."""
+    children = [child for child in module._modules.values() if child is not None]
+    return any(x is not None for x in module._buffers.values()) or any(map(_has_buffers, children))
 
 
 def _first_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -491,7 +514,7 @@ def _first_parameter(module: nn.Module, default: Tensor) -> Tensor:
 
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Scores, and above all their gradients, need the precision."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -65,7 +65,7 @@ def deterministic(
     if divergence == "forward_kl" and _soft_targets.usable():
         term = deterministic_term(student_logits, teacher_logits, mask, temperature, reduction, class_dim)
         return _soft_targets.evaluate([term], [1.0])[0]
-    axis = _check_teacher(student_logits, teacher_logits, mask, class_dim)
+    axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
     student = rows(student_logits, axis, mask)
     teacher = _visible(teacher_logits.detach(), axis, mask).to(student.dtype)
     log_q = torch.log_softmax(student / temperature, -1)
@@ -89,14 +89,24 @@ def deterministic_term(
     class_dim: int | None,
 ) -> _soft_targets.Term:
     """Forward KL as soft targets that can be merged with others, where those are usable."""
-    axis = _check_teacher(student_logits, teacher_logits, mask, class_dim)
-    student, teacher = _classes_last(student_logits, axis), _classes_last(teacher_logits.detach(), axis)
+    axis, student, teacher = (
+        check_teacher(student_logits, teacher_logits, mask, class_dim),
+        student_logits,
+        teacher_logits,
+    )
+    if axis != student.ndim - 1:
+        student, teacher = _classes_last(student, axis), _classes_last(teacher, axis)
     if teacher.dtype != student.dtype:
         student, teacher = _not_narrower(student, teacher), _not_narrower(teacher, student)
+    if teacher.requires_grad:
+        teacher = teacher.detach()
     return _soft_targets.Term(student, (_soft_targets.Part(teacher, temperature, is_logits=True),), mask, reduction)
 
 
-def _check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, class_dim: int | None) -> int:
+def check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, class_dim: int | None) -> int:
+    """The class axis."""
+    if class_dim is None and mask is None and _checks.plain(student_logits, teacher_logits):
+        return 1
     axis = _checks.logits(student_logits, class_dim)
     _checks.like_logits("teacher_logits", teacher_logits, student_logits)
     _checks.mask(mask, student_logits, axis)
@@ -244,19 +254,24 @@ def progressive_term(
     axis: int,
 ) -> _soft_targets.Term:
     """The progressive loss as soft targets that can be merged with others, where those are usable."""
-    wide = _soft_targets.wide_type(student_logits)
-    a = _soft_targets.number(alpha)
+    a = alpha if type(alpha) is float else _soft_targets.number(alpha)
     if isinstance(a, Tensor) and a.ndim:
-        a = a.to(wide)
+        a = a.to(_soft_targets.wide_type(student_logits))
     if known is not None and not (_checks.values_are_free(known) and bool(known.all())):
+        wide = _soft_targets.wide_type(student_logits)
         a = (a.to(wide) if isinstance(a, Tensor) else a) * known.to(wide)
     if target is not None and not target.is_floating_point() and isinstance(a, float) and a == 1.0:
         _checks.labels_in_range(target, student_logits.shape[axis], mask)  # which have no share and are not looked at
-    parts = [_soft_targets.Part(_classes_last(previous.detach(), axis), temperature, a)]
+    if previous.requires_grad:
+        previous = previous.detach()
+    if axis != student_logits.ndim - 1:
+        student_logits, previous = _classes_last(student_logits, axis), _classes_last(previous, axis)
+        if target is not None and target.is_floating_point():
+            target = _classes_last(target, axis)
+    parts = [_soft_targets.Part(previous, temperature, a)]
     if target is not None:
-        soft = target.is_floating_point()
-        parts.append(_soft_targets.Part(_classes_last(target, axis) if soft else target, 1.0, 1.0 - a))
-    return _soft_targets.Term(_classes_last(student_logits, axis), tuple(parts), mask, reduction)
+        parts.append(_soft_targets.Part(target, 1.0, 1.0 - a))
+    return _soft_targets.Term(student_logits, tuple(parts), mask, reduction)
 
 
 def _where_shared(x: Tensor, share: float | Tensor) -> Tensor:
@@ -298,6 +313,8 @@ def check_divergence(divergence: str, beta: float) -> float:
 
 def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
     """The logits, float32 at least, class axis last; uniform where masked, so that no NaN there reaches a gradient."""
+    if mask is None and axis == logits.ndim - 1 and logits.dtype == torch.float32:
+        return logits
     return _soft_targets.wide(_visible(logits, axis, mask))
 
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,8 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
-        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda)
+        usable = _soft_targets.usable()
+        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda, usable)
         return functional.progressive(student_logits, *arguments)
 
     def _soft_term(
@@ -129,7 +130,7 @@ class ProgressiveKD(Carrier):
         """`forward` as soft targets that a stack may merge with others, or None."""
         if isinstance(target, Tensor) and target.requires_grad:
             return None
-        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda)
+        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda, True)
         return functional.progressive_term(student_logits, *arguments)
 
     def _looked_up(
@@ -140,10 +141,14 @@ class ProgressiveKD(Carrier):
         mask: Tensor | None,
         partner_index: Tensor | None,
         mix_lambda: float | Tensor,
+        usable: bool,
     ) -> tuple[Any, ...]:
-        """The previous predictions, and whatever else the loss depends on."""
+        """The previous predictions, and whatever else the loss depends on; where soft targets are `usable`, numbers for
+        what is known to be one."""
         axis = self._check(student_logits, mask)
-        if target is not None:
+        if target is not None and not (
+            axis == student_logits.ndim - 1 == 1 and _checks.plain_ids(target, student_logits)
+        ):
             _checks.class_target(target, student_logits, axis)
         known: Tensor | None
         if index is None:
@@ -151,12 +156,12 @@ class ProgressiveKD(Carrier):
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
             previous, known = self._nothing(student_logits, axis)
         elif partner_index is None:
-            previous, known = self._read("index", index, student_logits, axis, mask)
+            previous, known = self._read("index", index, student_logits, axis, mask, usable)
         else:
-            previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda)
+            previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda, usable)
         if axis != previous.ndim - 1:
             previous = previous.movedim(-1, axis)
-        alpha = _soft_targets.number(self.alpha) if _soft_targets.usable() else self.alpha
+        alpha = _soft_targets.number(self.alpha) if usable else self.alpha
         return previous, target, alpha, known, self.temperature, mask, self.reduction, axis
 
     if TYPE_CHECKING:
@@ -267,8 +272,11 @@ class ProgressiveKD(Carrier):
         self._rows_seen = 0
 
     def _check(self, student_logits: Tensor, mask: Tensor | None) -> int:
-        axis = _checks.logits(student_logits, self.class_dim)
-        _checks.mask(mask, student_logits, axis)
+        if mask is None and self.class_dim is None and _checks.plain(student_logits):
+            axis = 1
+        else:
+            axis = _checks.logits(student_logits, self.class_dim)
+            _checks.mask(mask, student_logits, axis)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
         if student_logits.shape[axis] != classes:
             raise ValueError(
@@ -282,24 +290,25 @@ class ProgressiveKD(Carrier):
         home = self.targets.known.device if isinstance(self.targets, _Table) else None
         _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask, home)
 
-    def _is_ours(self) -> bool:
-        """A store that is read as ours are, whatever a subclass may do when it writes."""
-        return isinstance(self.targets, _Table) and type(self.targets).read is _Table.read
-
     def _nothing(self, student_logits: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         shape = _checks.positions(student_logits, axis)
         previous = student_logits.new_zeros((*shape, student_logits.shape[axis]))
         return previous, torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
 
     def _read(
-        self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None
+        self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None, usable: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The stored rows, class axis last, and whether they are known (None: all), where the logits are."""
         shape = _checks.positions(student_logits, axis)
-        if self._is_ours():
-            _checks.sample_index(name, index, shape, None, home=cast(_Table, self.targets).known.device)
+        store = self.targets
+        if isinstance(store, _Table) and type(store).read is _Table.read:  # whatever a subclass may do when it writes
+            home = store.known.device
+            if not (
+                axis == len(shape) == 1 and home == student_logits.device and _checks.plain_ids(index, student_logits)
+            ):
+                _checks.sample_index(name, index, shape, None, home=home)
             try:
-                probs, known = self._read_ours(_ids(index, mask))
+                probs, known = self._read_ours(_ids(index, mask), usable)
             except IndexError as error:  # an id out of range, which reading finds by itself; this says so in a sentence
                 self._check_index(name, index, student_logits, axis, mask)
                 raise AssertionError(f"`{name}` is in range") from error  # pragma: no cover
@@ -313,11 +322,11 @@ class ProgressiveKD(Carrier):
             return probs, known
         return probs.unflatten(0, shape), None if known is None else known.unflatten(0, shape)
 
-    def _read_ours(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
-        store = cast(_Table, self.targets)
+    def _read_ours(self, at: Tensor, usable: bool = True) -> tuple[Tensor, Tensor | None]:
+        store: Any = self.targets
         if at.device != store.known.device:
             at = at.to(store.known.device)
-        all_known = _soft_targets.usable() and store.complete  # a compiled step, which cannot look, serves all epochs
+        all_known = usable and store.complete  # a compiled step, which cannot look, serves all epochs
         return store._probs(at), None if all_known else store.known.index_select(0, at)
 
     def _read_others(self, index: Tensor, mask: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -347,10 +356,11 @@ class ProgressiveKD(Carrier):
         mask: Tensor | None,
         partner_index: Tensor,
         mix_lambda: float | Tensor,
+        usable: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """$\\lambda$ row + (1 - $\\lambda$) partner's row, known where both are."""
-        first, first_known = self._read("index", index, student_logits, axis, mask)
-        second, second_known = self._read("partner_index", partner_index, student_logits, axis, mask)
+        first, first_known = self._read("index", index, student_logits, axis, mask, usable)
+        second, second_known = self._read("partner_index", partner_index, student_logits, axis, mask, usable)
         _checks.mix_lambda(mix_lambda, (len(index),), first)
         if isinstance(mix_lambda, Tensor):
             share: float | Tensor = mix_lambda.to(first).reshape(-1, *[1] * (first.ndim - 1))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,13 +192,17 @@ class LossStack(Carrier):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
+        every = dict(self.terms.items())
         merged = self._merged(picked)
-        soft, of_soft = (
-            _soft_targets.evaluate(list(merged.values()), self._weights_of(merged)) if merged else (None, [])
-        )
-        values = dict(zip(merged, of_soft, strict=True))
-        total = soft
-        for i, (name, term) in enumerate(self.terms.items()):
+        total: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        if merged:
+            weights = self._weights.tolist() if self._weights.is_cpu else self._weights
+            shares = [weights[i] for i, name in enumerate(every) if name in merged]
+            total, found = _soft_targets.evaluate(list(merged.values()), shares)
+            of_soft = _soft_targets.as_tensors(found, total.dtype) if found else [total.detach()]
+            values = dict(zip(merged, of_soft, strict=True))
+        for i, (name, term) in enumerate(every.items()):
             if name in merged:
                 continue
             value = term(**picked[name])
@@ -210,35 +214,29 @@ class LossStack(Carrier):
             total = weighted if total is None else total + weighted
             values[name] = value.detach()
         assert total is not None  # a stack has a term
-        return total, {name: values[name] for name in self.terms}
+        return total, {name: values[name] for name in every}
 
     def _merged(self, picked: Mapping[str, dict[str, Any]]) -> dict[str, Term]:
         """The terms that are soft targets for the same logits and mask, to be worked out in one pass."""
         merged: dict[str, Term] = {}
         if not _soft_targets.usable():
             return merged
-        same: tuple[Any, ...] | None = None
+        same: tuple[Any, ...] | None = None  # logits, mask, class axis and type of those that are merged
         for name, term in self.terms.items():
-            if type(term) not in (DeterministicKD, ProgressiveKD) or _hooked(term):
+            if type(term) not in (DeterministicKD, ProgressiveKD) or term.reduction == "none" or _hooked(term):
                 continue
             given = picked[name]
-            key = given["student_logits"], given.get("mask"), term.class_dim
-            if term.reduction == "none" or (
-                same is not None and any(a is not b for a, b in zip(same, key, strict=True))
-            ):
+            student, mask, axis = given["student_logits"], given.get("mask"), term.class_dim
+            if same is not None and not (student is same[0] and mask is same[1] and axis == same[2]):
                 continue
-            soft = cast(Any, term)._soft_term(**given)
-            if soft is not None and (not merged or soft.student.dtype == next(iter(merged.values())).student.dtype):
-                same, merged[name] = key, soft
+            soft: Term | None = term._soft_term(**given)  # type: ignore[operator]
+            if soft is not None and (same is None or soft.student.dtype == same[3]):
+                same, merged[name] = (student, mask, axis, soft.student.dtype), soft
         return merged
 
-    def _weights_of(self, names: Container[str]) -> list[float | Tensor]:
-        weights = self._weights.tolist() if self._weights.device.type == "cpu" else self._weights
-        return [weights[i] for i, name in enumerate(self.terms) if name in names]
+    if TYPE_CHECKING:
 
-    def __call__(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        result: tuple[Tensor, dict[str, Tensor]] = super().__call__(**tensors)
-        return result
+        def __call__(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def update(self, **tensors: Any) -> None:
         """Hand the tensors on to the terms that have an `update`; takes the same ones as the call."""
@@ -282,8 +280,8 @@ class LossStack(Carrier):
         self._weights.copy_(weights)
 
     def _refuse_unknown(self, tensors: Mapping[str, Any]) -> None:
-        unknown = [name for name in tensors if name not in self._names]
-        if unknown:
+        if not self._names.issuperset(tensors):
+            unknown = [name for name in tensors if name not in self._names]
             # A name that is nearly right mostly leaves its term without its tensor: name that first.
             for call in self._calls["forward"].values():
                 call.pick(tensors)
@@ -311,7 +309,8 @@ def _has(term: nn.Module, method: str) -> bool:
 
 
 def _hooked(term: nn.Module) -> bool:
-    return any((term._forward_hooks, term._forward_pre_hooks, term._backward_hooks, term._backward_pre_hooks))
+    hooks = term._forward_hooks or term._forward_pre_hooks or term._backward_hooks or term._backward_pre_hooks
+    return bool(hooks)
 
 
 def _check_term(name: object, term: object) -> None:
