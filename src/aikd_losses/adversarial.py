@@ -472,9 +472,9 @@ class _Fooling(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad, None, None, None, None
 
 
-@torch.no_grad()
 def _reduced(values: Tensor, counts: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """The mean or sum of the values, one a row, of the rows that count, and its gradient."""
+    """The mean or sum of the values, one a row, of the rows that count, detached, and its gradient."""
+    values = values.detach()
     rows = max(1, values.numel()) if reduction == "mean" else 1
     if counts is None:
         weights = torch.full_like(values, 1 / rows)
@@ -497,8 +497,13 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _has_buffers(module: nn.Module) -> bool:
     """Without the chain of generators that `module.buffers()` is: it is asked in every step."""
-    children = [child for child in module._modules.values() if child is not None]
-    return any(x is not None for x in module._buffers.values()) or any(map(_has_buffers, children))
+    modules: list[nn.Module | None] = [module]
+    for part in modules:  # which grows
+        if part is not None:
+            if part._buffers:
+                return True
+            modules.extend(part._modules.values())
+    return False
 
 
 def _first_parameter(module: nn.Module, default: Tensor) -> Tensor:
