@@ -250,13 +250,19 @@ class Shared(Stack):
     """The full method with other ways to share the weight.
 
     normalised: the progressive term is divided by 1 - alpha, so that the labels keep their weight however large alpha is.
+    annealed: the pre-trained model's share falls from a half to nothing while one's own predictions become better.
     trusted: what the pre-trained model is trusted with, 0..1: twice the gap between its accuracy on what it was trained on and
     on held-out samples with the same kind of labels. The weights of its two terms and alpha are multiplied by it.
     """
 
-    normalised = trusted = False
+    normalised = trusted = annealed = False
 
     def criterion(self, n: int, classes: int) -> LossStack:
+        if self.annealed:
+            falling = [0.5 * (1 - (epoch + 1) / self.epochs) for epoch in range(self.epochs)]
+            shares = {"deterministic": lambda epoch: falling[min(epoch, self.epochs - 1)]}
+            shares["progressive"] = lambda epoch: 1 - falling[min(epoch, self.epochs - 1)]
+            return AIKDLoss(n, classes, self.epochs, weights=shares)
         trust = self.trust() if self.trusted else 1.0
         ramp = LinearRamp(0.8 * trust, self.epochs)
         share = 1 - 0.5 * trust
@@ -314,6 +320,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "pro+adv": parts("progressive", "adversarial", of="weight", values=(0.3, 3.0)),
     "full": Full,
     "full T4": functools.partial(Full, settings=fixed(temperature=4.0)),
+    "full annealed": shared(annealed=True),
     "full normalised": shared(normalised=True),
     "full trusted": shared(trusted=True),
     "full normalised trusted": shared(normalised=True, trusted=True),
