@@ -46,7 +46,7 @@ def _small_world(namespace: dict[str, Any]) -> None:
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), DiffParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/terms/*.md"],
     setup=_small_world,
     fixtures=["checkpoint"],
 ).pytest()
