@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "site"
+CARRIER = "djangocms-katex"
 KATEX = ("LICENSE", "katex.min.css", "katex.min.js", ".woff2")
 LINK = re.compile(r'<a href="([^":#]+)">(.*?)</a>', re.DOTALL)
 
@@ -35,7 +36,11 @@ def main() -> None:
 
 
 def copy_katex(to: Path) -> None:
-    for file in importlib.metadata.files("djangocms-katex") or ():
+    try:
+        files = importlib.metadata.files(CARRIER)
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(f"KaTeX is not there. Run `pip install --no-deps -c constraints.txt {CARRIER}`, or `make docs`.")
+    for file in files or ():
         _, found, name = str(file).partition("/vendor/katex/")
         if found and name.removeprefix("fonts/").endswith(KATEX):
             (to / name).parent.mkdir(parents=True, exist_ok=True)
