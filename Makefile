@@ -2,18 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test example example-seeds benchmark study coverage import-time soak mutants check lint types dist setup clean
+.PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants check lint types dist
+.PHONY: setup clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps djangocms-katex  # for its KaTeX
 	touch $@
 
 setup: .venv/ready           ## everything that is needed to work on it
 
 test: .venv/ready            ## everything that is tested: mathematics, modules, docs, examples
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: .venv/ready            ## the documentation site, readable offline, into build/site; fails on a broken link
+	$(BIN)/python tools/site.py
+
+figures: .venv/ready         ## the pictures of docs/images that are drawn from the library
+	OMP_NUM_THREADS=1 $(BIN)/python tools/figures.py
 
 example: .venv/ready         ## the full method, both phases, on the embedded images
 	$(BIN)/python examples/cifar_train.py --out runs/example --overwrite $(ARGS)

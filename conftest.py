@@ -56,7 +56,7 @@ def _small_world(namespace: dict[str, Any]) -> None:
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), DiffParser(), ReportParser()],
-    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
+    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/terms/*.md"],
     setup=_small_world,
     fixtures=["checkpoint"],
 ).pytest()
