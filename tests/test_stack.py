@@ -283,7 +283,11 @@ def test_the_method_hands_on_whatever_its_terms_take(given):
         }
         total, values = method(**given, **blended)
         torch.testing.assert_close(values, expected)
-        weights = {"progressive": 0.5 + 0.5 / 4, "deterministic": 0.5 - 0.5 / 4, "adversarial": 1.0}  # the first of four epochs
+        weights = {
+            "progressive": 0.5 + 0.5 / 4,
+            "deterministic": 0.5 - 0.5 / 4,
+            "adversarial": 1.0,
+        }  # the first of four epochs
         expected_total = sum(weights[name] * value for name, value in expected.items())
         torch.testing.assert_close(total, expected_total, check_dtype=False)
 

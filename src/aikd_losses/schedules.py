@@ -15,7 +15,7 @@ Schedule = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class LinearRamp:
-    r"""Goes linearly from `start` to `end`, a step an epoch, the first step in epoch 0, the last in the last epoch; stays there.
+    r"""Goes linearly from `start` to `end`, a step an epoch, the first in epoch 0, the last in the last epoch; stays there.
 
     $$\text{epoch} \mapsto \text{start} + (\text{end} - \text{start})\,\frac{\text{epoch}+1}{\text{num\_epochs}}$$
 
