@@ -24,7 +24,7 @@ from aikd_losses import (
     ProgressiveKD,
 )
 
-Settings = Callable[[int, int], dict[str, Any]]  # of AIKDLoss, for so many samples and classes
+Settings = Callable[[int, int, int], dict[str, Any]]  # of AIKDLoss, for so many samples, classes and epochs
 
 
 class Method:
@@ -238,31 +238,25 @@ def parts(*terms: str, of: str, values: tuple[float, ...]) -> type[Method]:
 class Full(Stack):
     """AIKDLoss as it comes, but for the settings given. It has no setting of its own that is tuned."""
 
-    def __init__(self, own: float | None = None, settings: Settings = lambda n, classes: {}) -> None:
+    def __init__(self, own: float | None = None, settings: Settings = lambda n, classes, epochs: {}) -> None:
         super().__init__(own)
         self.settings = settings
 
     def criterion(self, n: int, classes: int) -> LossStack:
-        return AIKDLoss(n, classes, self.epochs, **self.settings(n, classes))
+        return AIKDLoss(n, classes, self.epochs, **self.settings(n, classes, self.epochs))
 
 
 class Shared(Stack):
     """The full method with other ways to share the weight.
 
     normalised: the progressive term is divided by 1 - alpha, so that the labels keep their weight however large alpha is.
-    annealed: the pre-trained model's share falls from a half to nothing while one's own predictions become better.
     trusted: what the pre-trained model is trusted with, 0..1: twice the gap between its accuracy on what it was trained on and
     on held-out samples with the same kind of labels. The weights of its two terms and alpha are multiplied by it.
     """
 
-    normalised = trusted = annealed = False
+    normalised = trusted = False
 
     def criterion(self, n: int, classes: int) -> LossStack:
-        if self.annealed:
-            falling = [0.5 * (1 - (epoch + 1) / self.epochs) for epoch in range(self.epochs)]
-            shares = {"deterministic": lambda epoch: falling[min(epoch, self.epochs - 1)]}
-            shares["progressive"] = lambda epoch: 1 - falling[min(epoch, self.epochs - 1)]
-            return AIKDLoss(n, classes, self.epochs, weights=shares)
         trust = self.trust() if self.trusted else 1.0
         ramp = LinearRamp(0.8 * trust, self.epochs)
         share = 1 - 0.5 * trust
@@ -292,16 +286,32 @@ def shared(**settings: bool) -> type[Method]:
 
 
 def fixed(**settings: Any) -> Settings:
-    return lambda n, classes: settings
+    return lambda n, classes, epochs: settings
 
 
 def layers(*hidden: int) -> Settings:
-    return lambda n, classes: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
+    return lambda n, classes, epochs: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
+
+
+def handing_over(share: float) -> Settings:
+    """From `share` to nothing."""
+
+    def weights(n: int, classes: int, epochs: int) -> dict[str, Any]:
+        return dict(
+            weights={
+                "progressive": LinearRamp(1.0, epochs, start=1 - share),
+                "deterministic": LinearRamp(0.0, epochs, start=share),
+            }
+        )
+
+    return weights
 
 
 def averaged(decay: float) -> Settings:
-    return lambda n, classes: dict(targets=EMATargets(n, classes, decay=decay))
+    return lambda n, classes, epochs: dict(targets=EMATargets(n, classes, decay=decay))
 
+
+HALVES = {"progressive": 0.5, "deterministic": 0.5}
 
 METHODS: dict[str, Callable[..., Method]] = {
     "ce": Method,
@@ -319,14 +329,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "det+adv": parts("deterministic", "adversarial", of="weight", values=(0.3, 3.0)),
     "pro+adv": parts("progressive", "adversarial", of="weight", values=(0.3, 3.0)),
     "full": Full,
-    "full T4": functools.partial(Full, settings=fixed(temperature=4.0)),
-    "full annealed": shared(annealed=True),
+    "full half": functools.partial(Full, settings=fixed(weights=HALVES)),
+    "full half T4": functools.partial(Full, settings=fixed(weights=HALVES, temperature=4.0)),
     "full normalised": shared(normalised=True),
     "full trusted": shared(trusted=True),
     "full normalised trusted": shared(normalised=True, trusted=True),
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
-DEFAULTS = ("full", "full T4", "full normalised")  # that the summary compares
+DEFAULTS = ("full", "full half", "full half T4", "full normalised")  # that the summary compares
 RIVALS = tuple(
     list(METHODS)[1 : list(METHODS).index("adversarial")]
 )  # single ones, the terms that others published among them
@@ -336,8 +346,14 @@ RIVALS = tuple(
 VARIED: dict[str, dict[str, Settings]] = {
     "temperature": {f"{t:g}": fixed(temperature=t) for t in (1.0, 2.0, 4.0, 8.0)},
     "alpha, last value": {f"{a:g}": fixed(alpha=a) for a in (0.0, 0.4, 0.6, 0.8, 0.95)},
-    "weight of the deterministic term": {
-        f"{s:g}": fixed(weights={"progressive": 1 - s, "deterministic": s}) for s in (0.0, 0.25, 0.5, 0.75, 1.0)
+    "share of the deterministic term": {
+        "always 0": fixed(weights={"progressive": 1.0, "deterministic": 0.0}),
+        "1/4": fixed(weights={"progressive": 0.75, "deterministic": 0.25}),
+        "1/2": fixed(weights=HALVES),
+        "3/4": fixed(weights={"progressive": 0.25, "deterministic": 0.75}),
+        "1/4 to 0": handing_over(0.25),
+        "1/2 to 0": handing_over(0.5),
+        "1 to 0": handing_over(1.0),
     },
     "weight of the adversarial term": {
         f"{w:g}": fixed(weights={"adversarial": w}) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)

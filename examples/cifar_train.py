@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--lr", type=float, help="of SGD with momentum 0.9 (default 0.02 mini, 0.05 fashion-mnist, 0.1 cifar)"
     )
     p.add_argument("--weight-decay", type=float, default=5e-4, help="default 5e-4")
-    p.add_argument("--temperature", type=float, default=4.0, help="of the deterministic term (default 4)")
+    p.add_argument("--temperature", type=float, default=2.0, help="of the deterministic term (default 2)")
     p.add_argument("--alpha", type=float, default=0.8, help="last share of the progressive target (default 0.8)")
     p.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and flip (default: not for mini)")
     p.add_argument(
@@ -351,10 +351,12 @@ def build_criterion(args: argparse.Namespace, num_samples: int, num_classes: int
         return full
     terms: dict[str, nn.Module] = {name: full.terms[name] for name in args.terms}
     weights = {name: full.weights[name] for name in args.terms}
-    of_labels = "progressive" if "progressive" in terms else "cross_entropy"  # progressive takes its place
-    if of_labels == "cross_entropy":
-        terms[of_labels] = nn.CrossEntropyLoss()
-    weights[of_labels] = 0.5 if "deterministic" in terms else 1.0
+    if "progressive" not in terms:  # which takes the place of cross-entropy
+        terms["cross_entropy"] = nn.CrossEntropyLoss()
+        weights["cross_entropy"] = 0.5 if "deterministic" in terms else 1.0
+        weights |= {"deterministic": 0.5} if "deterministic" in terms else {}
+    elif "deterministic" not in terms:
+        weights["progressive"] = 1.0
     return LossStack(terms, weights=weights)
 
 

@@ -237,6 +237,7 @@ SETTINGS = [
     ),
     (lambda w: ProgressiveKD(w.store, alpha=lambda e: None), TypeError, "`alpha(0)` must be a number; got None."),
     (lambda w: LinearRamp(-0.5, 4), ValueError, "`end` must be a finite number not below 0; got -0.5."),
+    (lambda w: LinearRamp(0.5, 4, start=-1), ValueError, "`start` must be a finite number not below 0; got -1."),
     (lambda w: LinearRamp(0.5, 0), ValueError, "`num_epochs` must be at least 1; got 0."),
     (lambda w: LinearRamp(0.5, 4)(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: LinearRamp(0.5, 4)("1"), TypeError, "`epoch` must be an integer; got '1'."),

@@ -244,6 +244,10 @@ def test_a_blend_with_a_row_that_is_not_known_has_no_history():
 @given(st.floats(0, 1), st.integers(1, 50), st.integers(0, 100))
 def test_a_linear_ramp_is_the_published_rule(end, num_epochs, epoch):
     assert LinearRamp(end, num_epochs)(epoch) == pytest.approx(min(end, end * (epoch + 1) / num_epochs), abs=1e-12)
+    # From there back to 0, it is what is left; and it ends where it says.
+    back = LinearRamp(0.0, num_epochs, start=end)
+    assert back(epoch) + LinearRamp(end, num_epochs)(epoch) == pytest.approx(end, abs=1e-12)
+    assert back(epoch + num_epochs) == 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------- stores

@@ -27,14 +27,16 @@ FULL_METHOD = """\
 AIKDLoss(
   epoch=0
   term           weight  method  needs [takes]
-  progressive    0.5     call    student_logits, target, index [mask, partner_index, mix_lambda]
+  progressive    0.625   call    student_logits, target, index [mask, partner_index, mix_lambda]
                          update  student_logits, index [mask, partner_index]
-  deterministic  0.5     call    student_logits, teacher_logits [mask]
+  deterministic  0.375   call    student_logits, teacher_logits [mask]
   adversarial    1       call    student_logits, teacher_logits [mask, condition]
                          update  student_logits, teacher_logits [mask, condition]
+  weight of progressive: LinearRamp(end=1.0, num_epochs=4, start=0.5)
+  weight of deterministic: LinearRamp(end=0.0, num_epochs=4, start=0.5)
   (terms): ModuleDict(
     (progressive): ProgressiveKD(
-      epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4), temperature=1.0, reduction='mean', class_dim=None
+      epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None
       (targets): CachedTargets(num_samples=5, num_classes=3, dtype=torch.float16, device=cpu)
     )
     (deterministic): DeterministicKD(temperature=2.0, divergence='forward_kl', reduction='mean', class_dim=None)
@@ -49,11 +51,13 @@ AIKDLoss(
 STACK = """\
 LossStack(
   epoch=1
-  term     weight                                    method  needs [takes]
-  ce       0.25 by falling                           call    student_logits, target
-  kd       0.5 by LinearRamp(end=0.5, num_epochs=2)  call    student_logits, other [mask]
-  history  1                                         call    student_logits, index [mask, partner_index, mix_lambda]
-                                                     update  student_logits, index [mask, partner_index]
+  term     weight  method  needs [takes]
+  ce       0.25    call    student_logits, target
+  kd       0.5     call    student_logits, other [mask]
+  history  1       call    student_logits, index [mask, partner_index, mix_lambda]
+                   update  student_logits, index [mask, partner_index]
+  weight of ce: falling
+  weight of kd: LinearRamp(end=0.5, num_epochs=2, start=0.0)
   inputs={'kd': {'teacher_logits': 'other'}, 'history': {'target': None}}"""
 
 
@@ -93,7 +97,7 @@ def test_alpha_is_that_of_the_epoch():
     loss.update(torch.zeros(1, 3), index=torch.tensor([0]))
     loss.advance_epoch()
     assert loss.extra_repr() == (
-        "epoch=1, alpha=0.4 by LinearRamp(end=0.8, num_epochs=4), temperature=1.0, reduction='mean', class_dim=None"
+        "epoch=1, alpha=0.4 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None"
     )
 
 
@@ -143,7 +147,7 @@ def test_an_adversarial_loss_shows_its_parts_without_addresses():
         ),
         (FrozenTeacher(nn.Linear(2, 3)), "FrozenTeacher(Linear, 9 parameters on cpu, save=False)"),
         (FrozenTeacher(nn.ReLU(), save=True), "FrozenTeacher(ReLU, 0 parameters, save=True)"),
-        (LinearRamp(0.8, 4), "LinearRamp(end=0.8, num_epochs=4)"),
+        (LinearRamp(0.8, 4), "LinearRamp(end=0.8, num_epochs=4, start=0.0)"),
         (GradientPenalty(), "GradientPenalty(weight=10.0)"),
         (ZeroCenteredPenalty(0.5), "ZeroCenteredPenalty(gamma=0.5)"),
         (IndexedDataset([7] * 1234), "IndexedDataset(list, 1,234 items)"),
@@ -178,4 +182,4 @@ def test_what_has_no_values_is_shown_without_them():
     shown = repr(AIKDLoss(5, 3, 4).to("meta"))
     assert "\n  epoch=?\n" in shown
     assert "  progressive    ?       call" in shown
-    assert "epoch=?, alpha=? by LinearRamp(end=0.8, num_epochs=4)" in shown
+    assert "epoch=?, alpha=? by LinearRamp(end=0.8, num_epochs=4, start=0.0)" in shown

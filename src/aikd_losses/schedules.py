@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,36 +15,46 @@ Schedule = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class LinearRamp:
-    r"""Rises linearly from `end / num_epochs` in epoch 0 to `end` in the last epoch, and stays there.
+    r"""Goes linearly from `start` to `end`, a step an epoch, the first in epoch 0, the last in the last epoch; stays there.
 
-    $$\text{epoch} \mapsto \min\left(\text{end}\,\frac{\text{epoch}+1}{\text{num\_epochs}}, \text{end}\right)$$
+    $$\text{epoch} \mapsto \text{start} + (\text{end} - \text{start})\,\frac{\text{epoch}+1}{\text{num\_epochs}}$$
 
     Args:
         end: the last value, finite and not negative.
         num_epochs: how many epochs the ramp takes, at least 1.
+        start: what it would be in the epoch before the first (default 0), finite and not negative.
 
     >>> [LinearRamp(0.8, num_epochs=4)(epoch) for epoch in (0, 1, 3, 9)]
     [0.2, 0.4, 0.8, 0.8]
+    >>> [LinearRamp(0.0, num_epochs=4, start=0.5)(epoch) for epoch in (0, 1, 3, 9)]
+    [0.375, 0.25, 0.0, 0.0]
 
-    Reference: the rule for alpha in Kim et al., PS-KD, 2021, https://arxiv.org/abs/2006.12000.
+    Reference: from 0, the rule for alpha in Kim et al., PS-KD, 2021, https://arxiv.org/abs/2006.12000.
     """
 
     end: float
     num_epochs: int
+    start: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         _checks.number("end", self.end, 0.0, math.inf)
         _checks.integer("num_epochs", self.num_epochs, 1)
+        _checks.number("start", self.start, 0.0, math.inf)
 
     def __call__(self, epoch: int) -> float:
         _checks.integer("epoch", epoch, 0)
-        return self.end * min(epoch + 1, self.num_epochs) / self.num_epochs
+        if epoch + 1 >= self.num_epochs:
+            return self.end
+        return self.start + (self.end - self.start) * (epoch + 1) / self.num_epochs
 
 
 def shown(schedule: Schedule, now: Tensor) -> str:
     """For a `repr`: the value of this epoch and, where it changes, by what."""
-    value = "?" if now.is_meta else f"{float(now):.6g}"
-    return f"{value} by {called(schedule)}" if callable(schedule) else value
+    return f"{value(now)} by {called(schedule)}" if callable(schedule) else value(now)
+
+
+def value(now: Tensor) -> str:
+    return "?" if now.is_meta else f"{float(now):.6g}"
 
 
 def called(function: object) -> str:

@@ -292,8 +292,9 @@ class LossStack(Carrier):
     def extra_repr(self) -> str:
         """A table: each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
         rows = [("term", "weight", "method", "needs [takes]")]
-        for i, (name, weight) in enumerate(self.weights.items()):
-            first = name, schedules.shown(weight, self._weights[i])
+        changing = {name: schedules.called(weight) for name, weight in self.weights.items() if callable(weight)}
+        for i, name in enumerate(self.weights):
+            first = name, schedules.value(self._weights[i])
             for method, calls in self._calls.items():
                 if name in calls:
                     rows.append((*first, "call" if method == "forward" else method, calls[name].shown()))
@@ -301,6 +302,7 @@ class LossStack(Carrier):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}"]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [f"weight of {name}: {schedule}" for name, schedule in changing.items()]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
 
 
