@@ -2,7 +2,17 @@
 
     python examples/language_model.py [SEED]
 
-HEADER
+A GRU reads lines of "Tom Sawyer", 300 of them, so few that it over-fits. Every position of a line is a sample with an id of
+its own. The store keeps the eight largest probabilities of a row. Both numbers of epochs and the learning rate were chosen
+by the validation lines, which are printed first; the test lines chose nothing. Plain training stops where it is best.
+
+Printed for seed 0 (torch 2.13.0, 12 s of one core):
+
+    validation perplexity: unigram 22.43, pre-trained 7.95, student 7.73
+    test perplexity: unigram 23.05, pre-trained 8.27, student 8.01
+
+Seed 1: test 8.14 and 7.82; seed 2: 8.09 and 7.93. The student takes twice as many epochs. Plain training is not at its
+best here: half the learning rate and 18 epochs came nearer to the student on the validation lines.
 """
 
 from __future__ import annotations
@@ -62,14 +72,10 @@ def unigram_perplexity(train: Tensor, test: Tensor, num_characters: int) -> floa
 def train(x: Tensor, y: Tensor, num_characters: int, epochs: int, teacher: nn.Module | None) -> nn.Module:
     model = Model(num_characters)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    criterion = AIKDLoss(
-        num_samples=y.numel(),  # every position is a sample
-        num_classes=num_characters,
-        num_epochs=epochs,
-        class_dim=-1,
-        targets=CachedTargets(y.numel(), num_characters, top_k=8),
-        discriminator=MLPDiscriminator(num_characters, hidden=(32,)),
-    )
+    num_samples = y.numel()  # every position is one
+    store = CachedTargets(num_samples, num_characters, top_k=8)
+    discriminator = MLPDiscriminator(num_characters, hidden=(32,))
+    criterion = AIKDLoss(num_samples, num_characters, epochs, class_dim=-1, targets=store, discriminator=discriminator)
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(BATCH):
             logits, target = model(x[index]), y[index]
