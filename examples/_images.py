@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
-EPOCHS = 20
+EPOCHS = 40
 BATCH_SIZE = 125
 SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
 

@@ -15,7 +15,7 @@ from torch import nn
 from aikd_losses import AIKDLoss, FrozenTeacher
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
-EPOCHS = 20
+EPOCHS = 40
 
 
 def load(part, size):
