@@ -1,6 +1,6 @@
-"""What the examples of training loops share: 2,000 embedded images with 40% wrong labels, the network, the pre-trained model.
+"""What the examples of training loops share: 1,000 embedded images with 40% wrong labels, the network, the pre-trained model.
 
-The 4,000 test images keep their labels. The settings are those of quickstart.py.
+The 4,000 test images keep their labels. The other settings are those of quickstart.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def load(part: str, size: int) -> tuple[Tensor, Tensor]:
 
 def train_set() -> TensorDataset:
     """The same wrong labels in every process, whatever the global generator's state."""
-    x, y = load("train", 2000)
+    x, y = load("train", 1000)
     g = torch.Generator().manual_seed(0)
-    wrong = torch.randperm(len(x), generator=g)[:800]
-    y[wrong] = (y[wrong] + torch.randint(1, 10, (800,), generator=g)) % 10
+    wrong = torch.randperm(len(x), generator=g)[:400]
+    y[wrong] = (y[wrong] + torch.randint(1, 10, (400,), generator=g)) % 10
     return TensorDataset(x, y)
 
 

@@ -1,10 +1,15 @@
 """AI-KD under Accelerate, on one process or several.
 
     python examples/with_accelerate.py
-    accelerate launch --cpu --num_processes 2 examples/with_accelerate.py
+    ...
+    processes: 1
+    test accuracy: pre-trained 65.35%, student 68.60%
+
+    torchrun --nproc-per-node 2 examples/with_accelerate.py     # student 67.35%: each has its own half of a batch
 
 The model, its optimizer and the loader are prepared. The criterion is not: it is no part of the model, and it looks after
-several processes itself. It is registered for checkpointing, and moved to the device.
+several processes itself. It is moved to the device, and registered for checkpoints (`accelerator.save_state`, after
+`advance_epoch`). The schedule is not prepared either, as it goes by epochs.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from aikd_losses import AIKDLoss, FrozenTeacher, IndexedDataset
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=True)
+    # Without `cpu` the processes that torchrun starts where there is no GPU would each train as if alone.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     set_seed(0)
     pretrained = pretrained_model()  # the same in every process
     teacher = FrozenTeacher(pretrained).to(accelerator.device)
@@ -47,7 +53,7 @@ def main() -> None:
             accelerator.print(f"epoch {epoch + 1:2d}  {values}")
 
     if accelerator.is_main_process:
-        print(f"{accelerator.num_processes} process(es)")
+        print(f"processes: {accelerator.num_processes}")
         report(pretrained, accelerator.unwrap_model(model))
     accelerator.end_training()
 

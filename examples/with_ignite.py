@@ -1,6 +1,9 @@
 """AI-KD in an Engine of PyTorch-Ignite: the step is the plain loop's, and an event ends the epoch.
 
 python examples/with_ignite.py
+...
+epoch 40  progressive 1.186  deterministic 0.115  adversarial 0.044
+test accuracy: pre-trained 65.35%, student 68.60%
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """AI-KD in the Trainer of Transformers: `compute_loss` of a small subclass, and a callback that ends the epoch.
 
     python examples/with_transformers.py
+    ...
+    epoch 40  eval_loss 0.598  eval_accuracy 0.687
+    test accuracy: pre-trained 65.35%, student 68.70%
 
-The data set's items are dicts, to which `IndexedDataset` adds "index". Items of the evaluation have none.
+The data set's items are dicts, to which `IndexedDataset` adds "index". Items of the evaluation have none. Training is
+stopped half way and resumed from the Trainer's checkpoint, into which the callback puts the criterion.
 """
 
 from __future__ import annotations
@@ -13,9 +17,17 @@ from pathlib import Path
 import torch
 from _images import BATCH_SIZE, EPOCHS, SGD, new_model, pretrained_model, report, test_set, train_set
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from aikd_losses import AIKDLoss, FrozenTeacher, IndexedDataset
+
+SETTINGS = dict(
+    per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=1000, max_grad_norm=0.0, use_cpu=True,
+    remove_unused_columns=False, label_names=["labels"],  # or "index" and "labels", no arguments of the model, are removed
+    save_strategy="epoch", save_total_limit=1, eval_strategy="steps",
+    report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+)  # fmt: skip
+logging.set_verbosity_error()
 
 
 class Classifier(nn.Module):
@@ -50,15 +62,28 @@ class DistillationTrainer(Trainer):
 
 
 class EndOfEpoch(TrainerCallback):
+    """The next epoch, and the criterion's part of a checkpoint: the Trainer saves the model alone."""
+
     def __init__(self, criterion: AIKDLoss) -> None:
         self.criterion = criterion
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.criterion.advance_epoch(round(state.epoch))
 
-    def on_save(self, args, state, control, **kwargs):  # after on_epoch_end; the Trainer saves the model alone
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.criterion.state_dict(), folder / "criterion.pt")
+    def on_save(self, args, state, control, **kwargs):  # with save_strategy="epoch" it comes after on_epoch_end
+        if state.is_world_process_zero:
+            torch.save(self.criterion.state_dict(), self.path(args, state))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed
+            self.criterion.load_state_dict(torch.load(self.path(args, state), weights_only=True))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        values = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("eval_loss", "eval_accuracy"))
+        print(f"epoch {round(state.epoch):2d}  {values}")
+
+    def path(self, args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "criterion.pt"
 
 
 def dicts(dataset) -> list[dict[str, Tensor]]:
@@ -67,36 +92,25 @@ def dicts(dataset) -> list[dict[str, Tensor]]:
 
 def main() -> None:
     torch.manual_seed(0)
-    pretrained, student = pretrained_model(), new_model()
+    pretrained = pretrained_model()
     training = IndexedDataset(dicts(train_set()))
-    optimizer = torch.optim.SGD(student.parameters(), **SGD)
-    steps = EPOCHS * len(training) // BATCH_SIZE  # the Trainer's schedule goes by steps
+    steps = len(training) // BATCH_SIZE
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DistillationTrainer(
-            model=Classifier(student),
-            teacher=FrozenTeacher(Classifier(pretrained)),
-            criterion=AIKDLoss(num_samples=len(training), num_classes=10, num_epochs=EPOCHS, temperature=4.0),
-            args=TrainingArguments(
-                folder,
-                num_train_epochs=EPOCHS,
-                per_device_train_batch_size=BATCH_SIZE,
-                per_device_eval_batch_size=1000,
-                max_grad_norm=0.0,
-                label_names=["labels"],
-                remove_unused_columns=False,
-                eval_strategy="epoch",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=training,
-            eval_dataset=dicts(test_set()),
-            optimizers=(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)),
-            compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
-        )
-        trainer.train()
+        for epochs in (EPOCHS // 2, EPOCHS):  # stopped half way, and resumed from the checkpoint
+            student = new_model()
+            optimizer = torch.optim.SGD(student.parameters(), **SGD)
+            trainer = DistillationTrainer(
+                model=Classifier(student),
+                teacher=FrozenTeacher(Classifier(pretrained)),
+                criterion=AIKDLoss(num_samples=len(training), num_classes=10, num_epochs=EPOCHS, temperature=4.0),
+                args=TrainingArguments(folder, num_train_epochs=epochs, eval_steps=10 * steps, **SETTINGS),
+                train_dataset=training,
+                eval_dataset=dicts(test_set()),
+                optimizers=(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)),
+                compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()},
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=epochs == EPOCHS)
     report(pretrained, student)
 
 
