@@ -1,6 +1,6 @@
 """What the examples of training loops share: 1,000 embedded images with 40% wrong labels, the network, the pre-trained model.
 
-The 4,000 test images keep their labels. The other settings are those of quickstart.py.
+The 4,000 test images keep their labels. Learning rate, weight decay and epochs are those of quickstart.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
 EPOCHS = 40
-BATCH_SIZE = 125
+BATCH_SIZE = 100
 SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 

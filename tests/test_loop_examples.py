@@ -1,4 +1,4 @@
-"""The short examples run as a person would run them, each in a process of its own, and the student is better than the teacher."""
+"""The short examples, run as a person would run them: each in a process of its own, from another folder."""
 
 from __future__ import annotations
 
