@@ -1,9 +1,12 @@
 """AI-KD in an Engine of PyTorch-Ignite: the step is the plain loop's, and an event ends the epoch.
 
-python examples/with_ignite.py
-...
-epoch 40  progressive 0.822  deterministic 0.099  adversarial -0.075
-test accuracy: pre-trained 61.08%, student 64.10%
+    python examples/with_ignite.py
+    ...
+    epoch 40  progressive 0.822  deterministic 0.099  adversarial -0.075
+    test accuracy: pre-trained 61.08%, student 64.10%
+
+A checkpoint handler takes `{"model": model, "criterion": criterion, "optimizer": optimizer}`; attach it after the event
+that ends the epoch.
 """
 
 from __future__ import annotations
