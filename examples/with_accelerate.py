@@ -1,0 +1,62 @@
+"""AI-KD under Accelerate, on one process or several.
+
+    python examples/with_accelerate.py
+    ...
+    processes: 1
+    test accuracy: pre-trained 61.08%, student 64.10%
+
+    torchrun --nproc-per-node 2 examples/with_accelerate.py  # each has half of every batch; student 64.15%
+
+The model, its optimizer and the loader are prepared. The criterion is not: it is no part of the model, and it looks after
+several processes itself. It is moved to the device, and registered for checkpoints (`accelerator.save_state`, after
+`advance_epoch`). The schedule is not prepared either, as it goes by epochs.
+"""
+
+from __future__ import annotations
+
+import torch
+from _images import BATCH_SIZE, EPOCHS, SGD, new_model, pretrained_model, report, train_set
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from aikd_losses import AIKDLoss, FrozenTeacher, IndexedDataset
+
+
+def main() -> None:
+    # Without `cpu` the processes that torchrun starts where there is no GPU would each train as if alone.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_seed(0)
+    pretrained = pretrained_model()  # the same in every process
+    teacher = FrozenTeacher(pretrained).to(accelerator.device)
+    model = new_model()
+    loader = DataLoader(IndexedDataset(train_set()), BATCH_SIZE // accelerator.num_processes, shuffle=True)
+    criterion = AIKDLoss(num_samples=len(loader.dataset), num_classes=10, num_epochs=EPOCHS, temperature=4.0)
+    criterion.to(accelerator.device)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    accelerator.register_for_checkpointing(criterion, schedule)
+
+    for epoch in range(EPOCHS):
+        for x, y, index in loader:
+            tensors = dict(student_logits=model(x), teacher_logits=teacher(x), index=index)
+            loss, terms = criterion(**tensors, target=y)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            criterion.update(**tensors)  # averages the discriminator's gradient over the processes
+        criterion.advance_epoch()  # and here they exchange what each remembered
+        schedule.step()
+        if (epoch + 1) % 10 == 0:
+            values = "  ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
+            accelerator.print(f"epoch {epoch + 1:2d}  {values}")
+
+    if accelerator.is_main_process:
+        print(f"processes: {accelerator.num_processes}")
+        report(pretrained, accelerator.unwrap_model(model))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
