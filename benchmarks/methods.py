@@ -311,8 +311,6 @@ def averaged(decay: float) -> Settings:
     return lambda n, classes, epochs: dict(targets=EMATargets(n, classes, decay=decay))
 
 
-HALVES = {"progressive": 0.5, "deterministic": 0.5}
-
 METHODS: dict[str, Callable[..., Method]] = {
     "ce": Method,
     "ce twice as long": TwiceAsLong,
@@ -329,14 +327,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "det+adv": parts("deterministic", "adversarial", of="weight", values=(0.3, 3.0)),
     "pro+adv": parts("progressive", "adversarial", of="weight", values=(0.3, 3.0)),
     "full": Full,
-    "full half": functools.partial(Full, settings=fixed(weights=HALVES)),
-    "full half T4": functools.partial(Full, settings=fixed(weights=HALVES, temperature=4.0)),
+    "full handing over": functools.partial(Full, settings=handing_over(0.5)),
+    "full T4": functools.partial(Full, settings=fixed(temperature=4.0)),
     "full normalised": shared(normalised=True),
     "full trusted": shared(trusted=True),
     "full normalised trusted": shared(normalised=True, trusted=True),
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
-DEFAULTS = ("full", "full half", "full half T4", "full normalised")  # that the summary compares
+DEFAULTS = ("full", "full handing over", "full T4", "full normalised")  # that the summary compares
 RIVALS = tuple(
     list(METHODS)[1 : list(METHODS).index("adversarial")]
 )  # single ones, the terms that others published among them
@@ -349,7 +347,7 @@ VARIED: dict[str, dict[str, Settings]] = {
     "share of the deterministic term": {
         "always 0": fixed(weights={"progressive": 1.0, "deterministic": 0.0}),
         "1/4": fixed(weights={"progressive": 0.75, "deterministic": 0.25}),
-        "1/2": fixed(weights=HALVES),
+        "1/2": fixed(weights={"progressive": 0.5, "deterministic": 0.5}),
         "3/4": fixed(weights={"progressive": 0.25, "deterministic": 0.75}),
         "1/4 to 0": handing_over(0.25),
         "1/2 to 0": handing_over(0.5),

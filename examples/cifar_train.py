@@ -351,12 +351,10 @@ def build_criterion(args: argparse.Namespace, num_samples: int, num_classes: int
         return full
     terms: dict[str, nn.Module] = {name: full.terms[name] for name in args.terms}
     weights = {name: full.weights[name] for name in args.terms}
-    if "progressive" not in terms:  # which takes the place of cross-entropy
-        terms["cross_entropy"] = nn.CrossEntropyLoss()
-        weights["cross_entropy"] = 0.5 if "deterministic" in terms else 1.0
-        weights |= {"deterministic": 0.5} if "deterministic" in terms else {}
-    elif "deterministic" not in terms:
-        weights["progressive"] = 1.0
+    of_labels = "progressive" if "progressive" in terms else "cross_entropy"  # progressive takes its place
+    if of_labels == "cross_entropy":
+        terms[of_labels] = nn.CrossEntropyLoss()
+    weights[of_labels] = 0.5 if "deterministic" in terms else 1.0
     return LossStack(terms, weights=weights)
 
 

@@ -251,17 +251,16 @@ def test_two_processes_train_as_one(tmp_path):
         ("deterministic", {"cross_entropy": 0.5, "deterministic": 0.5}),
         ("progressive", {"progressive": 1.0}),
         ("adversarial", {"cross_entropy": 1.0, "adversarial": 1.0}),
-        ("progressive,deterministic", {"progressive": 0.75, "deterministic": 0.25}),
+        ("progressive,deterministic", {"progressive": 0.5, "deterministic": 0.5}),
         ("progressive,adversarial", {"progressive": 1.0, "adversarial": 1.0}),
         ("deterministic,adversarial", {"cross_entropy": 0.5, "deterministic": 0.5, "adversarial": 1.0}),
-        ("adversarial,deterministic,progressive", {"progressive": 0.75, "deterministic": 0.25, "adversarial": 1.0}),
+        ("adversarial,deterministic,progressive", {"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0}),
     ],
 )
 def test_any_subset_of_the_terms_is_one_flag_away(terms, weights, tmp_path):
-    args = example.parse(["--terms", terms, "--epochs", "2"])
+    args = example.parse(["--terms", terms])
     criterion = example.build_criterion(args, 10, 3)
-    first = {name: weight(0) if callable(weight) else weight for name, weight in criterion.weights.items()}
-    assert first == weights
+    assert criterion.weights == weights
     _, epochs, _ = run(tmp_path, "--terms", terms, "--epochs", 1)
     assert set(epochs[-1]["terms"]) == set(weights)
 

@@ -27,13 +27,11 @@ FULL_METHOD = """\
 AIKDLoss(
   epoch=0
   term           weight  method  needs [takes]
-  progressive    0.625   call    student_logits, target, index [mask, partner_index, mix_lambda]
+  progressive    0.5     call    student_logits, target, index [mask, partner_index, mix_lambda]
                          update  student_logits, index [mask, partner_index]
-  deterministic  0.375   call    student_logits, teacher_logits [mask]
+  deterministic  0.5     call    student_logits, teacher_logits [mask]
   adversarial    1       call    student_logits, teacher_logits [mask, condition]
                          update  student_logits, teacher_logits [mask, condition]
-  weight of progressive: LinearRamp(end=1.0, num_epochs=4, start=0.5)
-  weight of deterministic: LinearRamp(end=0.0, num_epochs=4, start=0.5)
   (terms): ModuleDict(
     (progressive): ProgressiveKD(
       epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None

@@ -34,13 +34,14 @@ class AIKDLoss(LossStack):
     Args:
         num_samples: size of the training set; ids are `0 <= index < num_samples`.
         num_classes: C, at least 2.
-        num_epochs: how many epochs `alpha` takes to ramp up, and the deterministic term to hand over.
+        num_epochs: how many epochs `alpha` takes to ramp up.
         temperature: T of the deterministic term (default 2).
         alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
-        weights: any of the three weights, numbers or callables from the epoch. By default w_d falls from 0.5 to 0 over
-            `num_epochs`, and w_p = 1 - w_d rises from 0.5 to 1: the pre-trained model teaches first, one's own predictions
-            later, and the two share the weight of the cross-entropy they replace, so that the learning rate keeps its
-            meaning. w_a = 1.
+        weights: any of the three weights, numbers or callables from the epoch, instead of w_p = 0.5, w_d = 0.5, w_a = 1. The
+            first two share the weight of the cross-entropy they replace, so that the learning rate keeps its meaning. With
+            many wrong labels it was better to let the pre-trained model hand over to the student's own predictions:
+            `weights={"progressive": LinearRamp(1.0, num_epochs, start=0.5), "deterministic": LinearRamp(0.0, num_epochs,
+            start=0.5)}`.
         targets: the store (default `CachedTargets(num_samples, num_classes)`, float16).
         discriminator: default `MLPDiscriminator(num_classes)`; it sees softmax probabilities at T = 1.
         objective, penalty: of the adversarial term (default "wasserstein", `GradientPenalty(10.0)`).
@@ -119,12 +120,9 @@ class AIKDLoss(LossStack):
                 process_group=process_group,
             ),
         }
-        handed_over: dict[str, Schedule] = {
-            "progressive": LinearRamp(1.0, num_epochs, start=0.5),
-            "deterministic": LinearRamp(0.0, num_epochs, start=0.5),
-            "adversarial": 1.0,
-        }
-        super().__init__(terms, weights={**handed_over, **(weights or {})})
+        super().__init__(
+            terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
+        )
 
     def forward(  # type: ignore[override]  # the tensors of the three terms, spelled out for editors
         self,
