@@ -36,7 +36,7 @@ import torch
 from cifar_train import learning_rate
 from machine import RESULTS, machine
 from methods import DEFAULTS, METHODS, VARIANTS, Method
-from report import Found, between, plot, summary, table, tables
+from report import Found, plot, table, tables, whole_page
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scores import best_temperature, metrics
@@ -240,7 +240,7 @@ def write_pages(every: dict[str, Any]) -> None:
         plot(task, of_task)
     (report.DOCS / "accuracy-tables.md").write_text(tables(found))
     page = report.DOCS / "accuracy.md"
-    page.write_text(between(page.read_text(), "summary", summary(found, DEFAULTS)))
+    page.write_text(whole_page(page.read_text(), found, DEFAULTS))
 
 
 def main() -> None:

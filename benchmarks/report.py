@@ -102,22 +102,24 @@ def best_rival(found: Found, key: str) -> str:
     return min(rivals, key=lambda name: sign * mean_error([line[key] for line in found[name].values()])[0])
 
 
-def summary(every: dict[Task, Found], names: tuple[str, ...]) -> str:
-    """A row a task: what `names` gain over cross-entropy and over the best rival."""
-    rows = [
-        "| task | ce, % | " + " | ".join(f"{name} - ce" for name in names) + " | best rival | "
-        + " | ".join(f"{name} - rival" for name in names) + " |",
-        "|---" * (3 + 2 * len(names)) + "|",
-    ]  # fmt: skip
+def summary(every: dict[Task, Found], names: tuple[str, ...], over: str) -> str:
+    """A row a task: what `names` gain over cross-entropy, or over the best rival, in accuracy."""
+    rows = [f"| task | {over} | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for task, found in every.items():
-        rival = best_rival(found, "accuracy")
-        cells = [task.name, f"{mean_error([line['accuracy'] for line in found['ce'].values()])[0]:.2f}"]
-        for other in ("ce", rival):
-            cells += [] if other == "ce" else [rival]
-            for name in names:
-                cells.append("{:+.2f} ± {:.2f}".format(*gain(found, name, other, "accuracy")) if name in found else "-")
+        other = "ce" if over == "cross-entropy" else best_rival(found, "accuracy")
+        level = mean_error([line["accuracy"] for line in found[other].values()])[0]
+        cells = [task.name, f"{level:.2f}" if other == "ce" else f"{other}, {level:.2f}"]
+        for name in names:
+            cells.append("{:+.2f} ± {:.2f}".format(*gain(found, name, other, "accuracy")) if name in found else "-")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def whole_page(text: str, every: dict[Task, Found], names: tuple[str, ...]) -> str:
+    """The page with its tables written anew."""
+    for over in ("cross-entropy", "the best rival"):
+        text = between(text, f"over {over}", summary(every, names, over))
+    return text
 
 
 def tables(every: dict[Task, Found]) -> str:
@@ -129,10 +131,12 @@ def tables(every: dict[Task, Found]) -> str:
 
 def between(text: str, mark: str, body: str) -> str:
     """The text with `body` between its marks."""
-    start, end = f"<!-- {mark} -->\n", "\n<!-- end -->"
+    start, end = f"<!-- {mark} -->\n", "<!-- end -->"
     before, found, rest = text.partition(start)
-    assert found, mark
-    return before + start + body + end + rest.partition(end)[2]
+    _, ended, after = rest.partition(end)
+    assert found, f"no mark {mark!r}"
+    assert ended, f"the mark {mark!r} has no end"
+    return before + start + body + "\n" + end + after
 
 
 @contextlib.contextmanager

@@ -314,7 +314,7 @@ def by_hand(device: torch.device) -> Row:
     def usual(s: Tensor) -> Tensor:
         rows, known = progressive.targets.read(index)
         soft = progressive_kd(s, rows, y, alpha=alpha, known=known)
-        return 0.5 * soft + 0.5 * deterministic_kd(s, t) + adversary.student_loss(s, t)
+        return 0.5 * soft + 0.5 * deterministic_kd(s, t, temperature=2.0) + adversary.student_loss(s, t)
 
     given = {"teacher_logits": t, "target": y, "index": index}
     return Row("AIKDLoss, by hand", (n, c), lambda s: criterion(student_logits=s, **given)[0], usual, 1.10)

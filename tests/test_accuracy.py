@@ -144,8 +144,16 @@ def test_the_pages_show_what_the_results_say(monkeypatch):
     assert found
     assert (report.DOCS / "accuracy-tables.md").read_text() == report.tables(found)
     text = (report.DOCS / "accuracy.md").read_text()
-    assert report.between(text, "summary", report.summary(found, DEFAULTS)) == text
+    assert report.whole_page(text, found, DEFAULTS) == text
     assert all((report.PICTURES / f"accuracy-{task.name}.svg").exists() for task in found)
+
+
+def test_what_stands_around_a_table_stays():
+    for old in ("", "old\n", "old\ntable\n"):
+        text = f"before\n<!-- summary -->\n{old}<!-- end -->\nafter\n"
+        assert report.between(text, "summary", "new") == "before\n<!-- summary -->\nnew\n<!-- end -->\nafter\n"
+    with pytest.raises(AssertionError, match="has no end"):
+        report.between("<!-- summary -->\nold", "summary", "new")
 
 
 def test_a_gain_is_paired_over_the_seeds_that_both_have():

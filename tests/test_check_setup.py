@@ -317,6 +317,17 @@ def test_terms_that_disagree_about_the_class_axis():
     assert check_setup(same, **tensors).findings == ()
 
 
+@pytest.mark.parametrize(
+    "attributes", [{"class_dim": (2, 3)}, {"class_dim": "channels"}, {"reduction": ["mean"]}, {"reduction": None}]
+)
+def test_a_module_of_ones_own_may_call_anything_class_dim_or_reduction(attributes):
+    own = Own(lambda s: s.square().mean())
+    vars(own).update(attributes)
+    stack = LossStack({"own": own, "kd": DeterministicKD()})
+    s, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    assert check_setup(stack, student_logits=s, teacher_logits=t).ok
+
+
 def test_terms_that_reduce_differently():
     stack = LossStack({"a": DeterministicKD(reduction="sum"), "b": DeterministicKD()})
     report = check_setup(stack, student_logits=torch.randn(N, C, requires_grad=True), teacher_logits=torch.randn(N, C))

@@ -332,6 +332,11 @@ SETTINGS = [
         "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got OtherWrapper. Keep the"
         " discriminator's optimizer out of the framework and pass it as it is.",
     ),
+    (
+        lambda w: adversarial(optimizer=torch.optim.LBFGS([w.s])),
+        TypeError,
+        "`optimizer` must take a step from gradients alone, not call a closure; got LBFGS. Use Adam or SGD.",
+    ),
     (lambda w: adversarial(optimizer="adam"), TypeError, "`optimizer` must be a torch optimizer; got 'adam'."),
     (
         lambda w: adversarial(optimizer=torch.optim.SGD([w.s], lr=1.0)),

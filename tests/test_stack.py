@@ -407,3 +407,14 @@ def test_a_stack_refuses_an_epoch_before_the_first():
     with pytest.raises(RuntimeError, match="`epoch` must be at least 0; got -1"):
         stack.load_state_dict({"epoch": torch.tensor(-1)})
     assert stack.epoch == 1
+
+
+def test_a_weight_of_zero_switches_a_term_off_that_is_infinite():
+    student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
+    student[0, 0] = -torch.inf  # where the teacher has a third of its mass
+    target = torch.ones(2, dtype=torch.int64)
+    terms = {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "other": DeterministicKD(temperature=1.0)}
+    stack = LossStack(terms, weights={"kd": 0.0, "other": 0.0})
+    total, values = stack(student_logits=student, teacher_logits=teacher, target=target)
+    torch.testing.assert_close(total, nn.functional.cross_entropy(student, target))
+    assert values["kd"] == torch.inf

@@ -117,12 +117,13 @@ def _of_settings(stack: LossStack, ndim: int) -> Iterator[Finding]:
     axes, reductions = {}, {}
     terms: Any = stack.terms.items()
     for name, term in terms:
-        if hasattr(term, "class_dim"):
-            axes[name] = (1 if term.class_dim is None else term.class_dim) % ndim
+        dim, reduction = getattr(term, "class_dim", ""), getattr(term, "reduction", None)
+        if dim is None or isinstance(dim, int):  # in a module of the user's own it may be anything
+            axes[name] = (1 if dim is None else dim) % ndim
         elif type(term).__module__.startswith("torch.nn."):
             axes[name] = 1  # where torch's losses have it
-        if hasattr(term, "reduction"):
-            reductions[name] = term.reduction
+        if isinstance(reduction, str):
+            reductions[name] = reduction
     if len(set(axes.values())) > 1:
         yield error(
             "criterion",

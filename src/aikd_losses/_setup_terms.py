@@ -55,7 +55,7 @@ class TermReport:
 def class_axis(stack: LossStack, tensors: Mapping[str, Any]) -> int | None:
     """That of `student_logits`, or None where the terms' own calls say what is wrong with it."""
     terms: Any = stack.terms.values()
-    dim = next((term.class_dim for term in terms if hasattr(term, "class_dim")), 1)
+    dim = next((term.class_dim for term in terms if isinstance(getattr(term, "class_dim", ""), int | None)), 1)
     try:
         return _checks.logits(tensors.get("student_logits"), dim)
     except (TypeError, ValueError, IndexError):
@@ -64,7 +64,7 @@ def class_axis(stack: LossStack, tensors: Mapping[str, Any]) -> int | None:
 
 def measure(stack: LossStack, tensors: Mapping[str, Any], alone: bool) -> tuple[list[TermReport], list[Finding]]:
     """A line a term, and what is wrong with it; `alone`: one that need not give a scalar."""
-    sums = {term.reduction for term in stack.terms.values() if hasattr(term, "reduction")} == {"sum"}
+    sums = {str(term.reduction) for term in stack.terms.values() if hasattr(term, "reduction")} == {"sum"}
     reference = _cross_entropy(stack, tensors, "sum" if sums else "mean")
     plain = None if reference is None else reference.gradient
     reports, findings = [], []

@@ -108,7 +108,8 @@ class _SoftTargets(torch.autograd.Function):
         for term, weight, count in zip(terms, weights, counts, strict=True):
             value = _reduced(sums[: len(term.parts)], term, count, student)
             sums = sums[len(term.parts) :]
-            total = total + weight * value
+            if type(weight) is not float or weight:  # 0 switches a term off, also one that is infinite
+                total = total + weight * value
             values.append(value)
         return as_tensor(total, dtype)
 

@@ -533,6 +533,10 @@ def _check_optimizer(optimizer: object, discriminator: nn.Module) -> None:
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"`optimizer` must be a torch optimizer; got {optimizer!r}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "`optimizer` must take a step from gradients alone, not call a closure; got LBFGS. Use Adam or SGD."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in discriminator.parameters()}
     if held != own:
