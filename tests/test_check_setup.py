@@ -323,7 +323,7 @@ def test_terms_that_disagree_about_the_class_axis():
 def test_a_module_of_ones_own_may_call_anything_class_dim_or_reduction(attributes):
     own = Own(lambda s: s.square().mean())
     vars(own).update(attributes)
-    stack = LossStack({"own": own, "kd": DeterministicKD()})
+    stack = LossStack({"kd": DeterministicKD(), "own": own})
     s, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
     assert check_setup(stack, student_logits=s, teacher_logits=t).ok
 
