@@ -18,16 +18,13 @@ import torch
 from _images import BATCH_SIZE, EPOCHS, SGD, new_model, pretrained_model, report, train_set
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader
 
 from aikd_losses import AIKDLoss, FrozenTeacher, IndexedDataset
 
 
-def main() -> None:
-    # Without `cpu` the processes that torchrun starts where there is no GPU would each train as if alone.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    set_seed(0)
-    pretrained = pretrained_model()  # the same in every process
+def train(accelerator: Accelerator, pretrained: nn.Module) -> nn.Module:
     teacher = FrozenTeacher(pretrained).to(accelerator.device)
     model = new_model()
     loader = DataLoader(IndexedDataset(train_set()), BATCH_SIZE // accelerator.num_processes, shuffle=True)
@@ -51,10 +48,19 @@ def main() -> None:
         if (epoch + 1) % 10 == 0:
             values = "  ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
             accelerator.print(f"epoch {epoch + 1:2d}  {values}")
+    return accelerator.unwrap_model(model)
 
+
+def main() -> None:
+    # Without `cpu` the processes that torchrun starts where there is no GPU would each train as if alone.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_seed(0)
+    pretrained = pretrained_model()  # the same in every process
+    student = train(accelerator, pretrained)
     if accelerator.is_main_process:
         print(f"processes: {accelerator.num_processes}")
-        report(pretrained, accelerator.unwrap_model(model))
+        report(pretrained, student)
+    accelerator.free_memory()  # DDP holds the process group; left to the interpreter's exit, gloo may abort
     accelerator.end_training()
 
 

@@ -58,7 +58,7 @@ def log_sigmoid(x: float) -> float:
 
 
 DISCRIMINATOR = {  # of (teacher's score, student's score)
-    "non_saturating": lambda t, s: -log_sigmoid(t) - math.log1p(-1 / (1 + math.exp(-s))),
+    "non_saturating": lambda t, s: -log_sigmoid(t) - log_sigmoid(-s),  # 1 - sigmoid(s) is sigmoid(-s)
     "least_squares": lambda t, s: (t - 1) ** 2 / 2 + s**2 / 2,
     "hinge": lambda t, s: max(0, 1 - t) + max(0, 1 + s),
     "wasserstein": lambda t, s: s - t,
