@@ -1,6 +1,6 @@
 """Does it work? Methods x data x seeds in one harness, every method tuned by the same small grid, paired over seeds.
 
-    make study                                        # MNIST-1D with the settings in results/accuracy/tuned.json
+    make study                                        # MNIST-1D, 1,000 points, as tuned in results/accuracy/tuned.json
     python benchmarks/accuracy.py --data mnist1d-1000-20 --net cnn --tune       # tune anew, then run
     python benchmarks/accuracy.py --table             # what is there, as tables and pictures
 
@@ -245,9 +245,12 @@ def write_pages(every: dict[str, Any]) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="mnist1d-1000-20", help="comma-separated: source-size-percent")
-    p.add_argument("--net", default="cnn", help="comma-separated: cnn, mlp")
-    p.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
+    p.add_argument("--data", default="mnist1d-1000-0,mnist1d-1000-20,mnist1d-1000-40", help="source-size-percent,...")
+    p.add_argument("--net", default="cnn,mlp", help="comma-separated: cnn, mlp, resnet18")
+    p.add_argument(
+        "--methods",
+        help="comma-separated (default: those that are tuned for the task; with --tune or without any, all)",
+    )
     p.add_argument("--data-dir", type=Path, help="folder of the IDX or parquet files of an image data set")
     p.add_argument(
         "--results", type=Path, default=FOLDER, help="folder of the lines of the runs; another one repeats the study"
@@ -257,8 +260,8 @@ def main() -> None:
     p.add_argument("--tune", action="store_true", help="tune anew what has no setting yet")
     p.add_argument("--table", action="store_true", help="show what is there and run nothing")
     args = p.parse_args()
-    names = args.methods.split(",")
-    for name in names:
+    asked = args.methods.split(",") if args.methods else None
+    for name in asked or ():
         if name not in METHODS:
             p.error(f"--methods must be some of {', '.join(METHODS)}; got {name!r}.")
     console = Console(width=170)
@@ -269,6 +272,7 @@ def main() -> None:
         task = Task(data, net)
         results = Results(task, args.results)
         tasks.pool(task.parts[0], args.data_dir)
+        names = asked or ([] if args.tune else list(every.get(task.name, {}))) or list(METHODS)
         untuned = [name for name in names if name not in every.get(task.name, {})]
         if untuned and not args.table:
             if not args.tune:

@@ -1,11 +1,13 @@
 """The example, repeated: does the student beat its pre-trained model, over seeds and over weight decays?
 
-    python benchmarks/example_seeds.py                     # what `make example-seeds` runs: 5 seeds, 6 weight decays
+    python benchmarks/example_seeds.py                     # what `make example-seeds` runs: 5 seeds, 6 weight decays,
+                                                           # both values of --label-weight
     python benchmarks/example_seeds.py --seeds 3 --weight-decays 5e-4
 
-Every run is `examples/cifar_train.py` at its defaults but for the seed and the weight decay; a seed draws the split, the
-wrong labels, the initial weights and the order of the samples. Both models of a run share the setting, so differences are
-paired. Prints a table and writes every run's result, with machine and versions, to `benchmarks/results/example_seeds.json`.
+Every run is `examples/cifar_train.py` at its defaults but for the seed, the weight decay and the labels' weight; a seed draws
+the split, the wrong labels, the initial weights and the order of the samples. Both models of a run share the setting, so
+differences are paired. Prints a table and writes every run's result, with machine and versions, to
+`benchmarks/results/example_seeds.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import statistics
@@ -57,6 +60,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=5, help="at least 2 (default 5)")
     p.add_argument("--weight-decays", default="5e-4,2e-3,5e-3,1e-2,2e-2,4e-2")
+    p.add_argument("--label-weights", default="falling,kept")
     p.add_argument("--out", type=Path, default=RESULTS / "example_seeds.json")
     args = p.parse_args()
     if args.seeds < 2:
@@ -66,27 +70,31 @@ def main() -> None:
     example = load_example()
     runs: list[dict[str, Any]] = []
     head: dict[str, Any] = {}
-    grid = [(decay, seed) for decay in decays for seed in range(args.seeds)]
-    for decay, seed in track(grid, description="runs", console=Console(stderr=True)):
-        head, records = run(example, ["--weight-decay", str(decay), "--seed", str(seed)])
+    label_weights = args.label_weights.split(",")
+    grid = list(itertools.product(label_weights, decays, range(args.seeds)))
+    for label_weight, decay, seed in track(grid, description="runs", console=Console(stderr=True)):
+        varied = {"label-weight": label_weight, "weight-decay": decay, "seed": seed}
+        head, records = run(example, [word for name, value in varied.items() for word in (f"--{name}", str(value))])
         result = records.pop()["result"]
         for name in result:
             (last,) = [r for r in records if r["phase"] == name and r["epoch"] == head["settings"]["epochs"] - 1]
             result[name]["validation_accuracy"] = last["validation_accuracy"]
-        runs.append({"weight_decay": decay, "seed": seed, **result})
+        runs.append({name.replace("-", "_"): value for name, value in varied.items()} | result)
 
-    settings = {name: value for name, value in head["settings"].items() if name not in ("seed", "weight_decay")}
+    settings = {name: value for name, value in head["settings"].items() if name not in runs[0]}
     write(args.out, {"settings": settings, "machine": head["machine"] | machine()}, "runs", runs)
 
     table = Table(title=f"student minus plain cross-entropy on the test set, {args.seeds} seeds, mean ± standard error")
-    for column in ("weight decay", "plain, validation", "plain, test", "accuracy", "NLL, scaled", "wins"):
+    for column in ("labels", "weight decay", "plain, validation", "plain, test", "accuracy", "NLL, scaled", "wins"):
         table.add_column(column, justify="right")
-    for decay in decays:
-        pairs = [(r["pre-trained"], r["student"]) for r in runs if r["weight_decay"] == decay]
+    for label_weight, decay in itertools.product(label_weights, decays):
+        of_row = {"label_weight": label_weight, "weight_decay": decay}
+        pairs = [(r["pre-trained"], r["student"]) for r in runs if of_row.items() <= r.items()]
         accuracy = [student["accuracy"] - plain["accuracy"] for plain, student in pairs]
         nll = [student["nll_scaled"] - plain["nll_scaled"] for plain, student in pairs]
         wins = [sum(difference > 0 for difference in accuracy), sum(difference < 0 for difference in nll)]
         table.add_row(
+            label_weight,
             f"{decay:g}",
             spread([plain["validation_accuracy"] for plain, _ in pairs], ".2f"),
             spread([plain["accuracy"] for plain, _ in pairs], ".2f"),

@@ -18,6 +18,7 @@ from aikd_losses import (
     DeterministicKD,
     EMATargets,
     GradientPenalty,
+    LabelWeight,
     LinearRamp,
     LossStack,
     MLPDiscriminator,
@@ -202,7 +203,7 @@ def adversarial(classes: int) -> AdversarialDistributionLoss:
 
 
 class Parts(Stack):
-    """Some of the three terms, weighted as `AIKDLoss` weights them; `own` is the temperature, alpha or weight of one."""
+    """Some of the three terms, sharing the weight by halves; `own` is the temperature, alpha or weight of one."""
 
     terms: tuple[str, ...] = ()
     temperature, alpha, weight = 4.0, 0.8, 1.0
@@ -246,31 +247,18 @@ class Full(Stack):
         return AIKDLoss(n, classes, self.epochs, **self.settings(n, classes, self.epochs))
 
 
-class Shared(Stack):
-    """The full method with other ways to share the weight.
+class Trusted(Full):
+    """By halves, with what the pre-trained model is trusted with, 0..1: twice the gap between its accuracy on what it was
+    trained on and on held-out samples with the same kind of labels. The weights of its two terms and alpha are multiplied
+    by it."""
 
-    normalised: the progressive term is divided by 1 - alpha, so that the labels keep their weight however large alpha is.
-    trusted: what the pre-trained model is trusted with, 0..1: twice the gap between its accuracy on what it was trained on and
-    on held-out samples with the same kind of labels. The weights of its two terms and alpha are multiplied by it.
-    """
+    def __init__(self, own: float | None = None) -> None:
+        super().__init__(own, self.trusting)
 
-    normalised = trusted = False
-
-    def criterion(self, n: int, classes: int) -> LossStack:
-        trust = self.trust() if self.trusted else 1.0
-        ramp = LinearRamp(0.8 * trust, self.epochs)
-        share = 1 - 0.5 * trust
-        return AIKDLoss(
-            n,
-            classes,
-            self.epochs,
-            alpha=ramp,
-            weights={
-                "progressive": (lambda epoch: share / (1 - ramp(epoch))) if self.normalised else share,
-                "deterministic": 0.5 * trust,
-                "adversarial": trust,
-            },
-        )
+    def trusting(self, n: int, classes: int, epochs: int) -> dict[str, Any]:
+        trust = self.trust()
+        weights = {"progressive": 1 - 0.5 * trust, "deterministic": 0.5 * trust, "adversarial": trust}
+        return dict(alpha=0.8 * trust, weights=weights)
 
     def trust(self) -> float:
         assert self.teacher is not None
@@ -281,16 +269,19 @@ class Shared(Stack):
         return min(max(2 * (known - held), 0.0), 1.0)
 
 
-def shared(**settings: bool) -> type[Method]:
-    return type("Shared", (Shared,), settings)
-
-
 def fixed(**settings: Any) -> Settings:
     return lambda n, classes, epochs: settings
 
 
 def layers(*hidden: int) -> Settings:
     return lambda n, classes, epochs: dict(discriminator=MLPDiscriminator(classes, hidden=hidden))
+
+
+def shared(share: float) -> Settings:
+    """The labels and the pre-trained model share the weight; one's own predictions come beside the labels."""
+    return lambda n, classes, epochs: dict(
+        weights={"progressive": LabelWeight(1 - share, LinearRamp(0.8, epochs)), "deterministic": share}
+    )
 
 
 def handing_over(share: float) -> Settings:
@@ -311,6 +302,8 @@ def averaged(decay: float) -> Settings:
     return lambda n, classes, epochs: dict(targets=EMATargets(n, classes, decay=decay))
 
 
+HALVES = {"progressive": 0.5, "deterministic": 0.5}
+
 METHODS: dict[str, Callable[..., Method]] = {
     "ce": Method,
     "ce twice as long": TwiceAsLong,
@@ -327,14 +320,13 @@ METHODS: dict[str, Callable[..., Method]] = {
     "det+adv": parts("deterministic", "adversarial", of="weight", values=(0.3, 3.0)),
     "pro+adv": parts("progressive", "adversarial", of="weight", values=(0.3, 3.0)),
     "full": Full,
+    "full halves": functools.partial(Full, settings=fixed(weights=HALVES)),
     "full handing over": functools.partial(Full, settings=handing_over(0.5)),
-    "full T4": functools.partial(Full, settings=fixed(temperature=4.0)),
-    "full normalised": shared(normalised=True),
-    "full trusted": shared(trusted=True),
-    "full normalised trusted": shared(normalised=True, trusted=True),
+    "full halves T4": functools.partial(Full, settings=fixed(weights=HALVES, temperature=4.0)),
+    "full trusted": Trusted,
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
-DEFAULTS = ("full", "full handing over", "full T4", "full normalised")  # that the summary compares
+DEFAULTS = ("full", "full halves", "full handing over", "full halves T4")  # that the summary compares
 RIVALS = tuple(
     list(METHODS)[1 : list(METHODS).index("adversarial")]
 )  # single ones, the terms that others published among them
@@ -345,11 +337,11 @@ VARIED: dict[str, dict[str, Settings]] = {
     "temperature": {f"{t:g}": fixed(temperature=t) for t in (1.0, 2.0, 4.0, 8.0)},
     "alpha, last value": {f"{a:g}": fixed(alpha=a) for a in (0.0, 0.4, 0.6, 0.8, 0.95)},
     "share of the deterministic term": {
-        "always 0": fixed(weights={"progressive": 1.0, "deterministic": 0.0}),
-        "1/4": fixed(weights={"progressive": 0.75, "deterministic": 0.25}),
-        "1/2": fixed(weights={"progressive": 0.5, "deterministic": 0.5}),
-        "3/4": fixed(weights={"progressive": 0.25, "deterministic": 0.75}),
-        "1/4 to 0": handing_over(0.25),
+        "0": shared(0.0),
+        "1/4": shared(0.25),
+        "1/2": shared(0.5),
+        "3/4": shared(0.75),
+        "halves": fixed(weights=HALVES),
         "1/2 to 0": handing_over(0.5),
         "1 to 0": handing_over(1.0),
     },

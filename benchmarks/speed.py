@@ -310,11 +310,12 @@ def by_hand(device: torch.device) -> Row:
     criterion.advance_epoch()
     progressive, adversary = criterion.terms["progressive"], criterion.terms["adversarial"]
     alpha = float(progressive.alpha)
+    w = 0.5 / (1 - alpha)
 
     def usual(s: Tensor) -> Tensor:
         rows, known = progressive.targets.read(index)
         soft = progressive_kd(s, rows, y, alpha=alpha, known=known)
-        return 0.5 * soft + 0.5 * deterministic_kd(s, t, temperature=2.0) + adversary.student_loss(s, t)
+        return w * soft + 0.5 * deterministic_kd(s, t, temperature=2.0) + adversary.student_loss(s, t)
 
     given = {"teacher_logits": t, "target": y, "index": index}
     return Row("AIKDLoss, by hand", (n, c), lambda s: criterion(student_logits=s, **given)[0], usual, 1.10)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
 EPOCHS = 40
+WRONG_LABELS = dict(temperature=4.0, weights={"progressive": 0.5})  # settings where many are; otherwise leave them out
 BATCH_SIZE = 100
 SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
 

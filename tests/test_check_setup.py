@@ -241,7 +241,7 @@ def test_a_teacher_that_says_what_the_student_says(world):
 
 
 def test_a_student_without_a_graph(world):
-    assert found(world.report(student_logits=world.model(world.x).detach()), "warning", "student_logits", "no graph")
+    assert found(world.report(student_logits=world.model(world.x).detach()), "error", "student_logits", "no graph")
 
 
 def test_a_soft_target_that_is_no_distribution(world):
@@ -284,7 +284,7 @@ def test_ids_that_repeat(world):
 def test_what_a_term_refuses_is_a_finding(world, changed, text):
     report = world.report(**changed)
     assert found(report, "error", "progressive", "its call fails: ", text)
-    assert report.terms[0].row() == ("progressive", "0.5", "-", "-", "-")
+    assert report.terms[0].row() == ("progressive", "0.833", "-", "-", "-")
 
 
 def test_labels_that_a_torch_loss_ignores_are_in_range():

@@ -265,6 +265,14 @@ def test_any_subset_of_the_terms_is_one_flag_away(terms, weights, tmp_path):
     assert set(epochs[-1]["terms"]) == set(weights)
 
 
+@pytest.mark.parametrize(("terms", "share"), [("progressive,deterministic,adversarial", 0.5), ("progressive", 1.0)])
+def test_the_labels_keep_their_weight_where_that_is_asked_for(terms, share):
+    args = example.parse(["--terms", terms, "--label-weight", "kept", "--epochs", "4"])
+    weight = example.build_criterion(args, 10, 3).weights["progressive"]
+    assert [weight(epoch) for epoch in range(4)] == pytest.approx([share, share / 0.6, share / 0.4, share / 0.2])
+    assert example.parse(["--dataset", "cifar10"]).label_weight == "kept"
+
+
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # dynamo's own look at the logits
@@ -431,6 +439,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
         (["--weight-decay", "-1"], "--weight-decay must not be negative; got -1.0."),
         (["--label-noise", "1.5"], "--label-noise must be between 0 and 1; got 1.5."),
         (["--alpha", "-0.1"], "--alpha must be between 0 and 1; got -0.1."),
+        (["--alpha", "1", "--label-weight", "kept"], "--alpha must be below 1 for --label-weight kept; got 1.0."),
         (["--train-size", "4000"], "must share the 4000 training images; got 1000 and 4000."),
         (["--validation-size", "0"], "--validation-size (at least 1)"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other."),
@@ -500,11 +509,14 @@ def test_a_missing_gpu_is_one_line(tmp_path, capsys, monkeypatch):
 def test_the_summary_over_seeds_is_that_of_its_runs(tmp_path, monkeypatch, capsys):
     seeds = load_script(ROOT / "benchmarks" / "example_seeds.py")
     run_one, written = seeds.run, tmp_path / "results.json"
+    kept = ["--label-weights", "kept"]
     monkeypatch.setattr(seeds, "run", lambda script, argv: run_one(script, [*SMALL, *argv]))
-    monkeypatch.setattr(sys, "argv", ["seeds", "--seeds", "3", "--weight-decays", "1e-3", "--out", str(written)])
+    monkeypatch.setattr(sys, "argv", ["seeds", "--seeds", "3", "--weight-decays", "1e-3", *kept, "--out", str(written)])
     seeds.main()
     runs = json.loads(written.read_text())["runs"]
-    assert [(r["weight_decay"], r["seed"]) for r in runs] == [(0.001, 0), (0.001, 1), (0.001, 2)]
+    assert [(r["label_weight"], r["weight_decay"], r["seed"]) for r in runs] == [
+        ("kept", 0.001, seed) for seed in range(3)
+    ]
     gains = np.array([r["student"]["accuracy"] - r["pre-trained"]["accuracy"] for r in runs])
     nll = np.array([r["student"]["nll_scaled"] - r["pre-trained"]["nll_scaled"] for r in runs])
     table = capsys.readouterr().out

@@ -28,6 +28,7 @@ from aikd_losses import (
     FrozenTeacher,
     GradientPenalty,
     IndexedDataset,
+    LabelWeight,
     LinearRamp,
     LossStack,
     MLPDiscriminator,
@@ -328,6 +329,8 @@ CALLS = {  # name: the world -> (a function, arguments that fit)
         (lambda index: IndexedDataset([1, 2]).__getitems__([0, index])),
         dict(index=1),
     ),
+    "LabelWeight": lambda w: (LabelWeight, dict(weight=0.5, alpha=0.5)),
+    "LabelWeight()": lambda w: (LabelWeight(0.5, LinearRamp(0.5, 3)), dict(epoch=3)),
     "LinearRamp": lambda w: (LinearRamp, dict(end=0.5, num_epochs=3)),
     "LinearRamp()": lambda w: (LinearRamp(0.5, 3), dict(epoch=3)),
     **{

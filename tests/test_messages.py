@@ -22,6 +22,7 @@ from aikd_losses import (
     FrozenTeacher,
     GradientPenalty,
     IndexedDataset,
+    LabelWeight,
     LinearRamp,
     LossStack,
     MLPDiscriminator,
@@ -241,6 +242,15 @@ SETTINGS = [
     (lambda w: LinearRamp(0.5, 0), ValueError, "`num_epochs` must be at least 1; got 0."),
     (lambda w: LinearRamp(0.5, 4)(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: LinearRamp(0.5, 4)("1"), TypeError, "`epoch` must be an integer; got '1'."),
+    (lambda w: LabelWeight(-1, 0.5), ValueError, "`weight` must be a finite number not below 0; got -1."),
+    (lambda w: LabelWeight(0.5, 2.0), ValueError, "`alpha` must be in the interval [0, 1]; got 2.0."),
+    (lambda w: LabelWeight(0.5, "ramp"), TypeError, "`alpha` must be a number; got 'ramp'."),
+    (
+        lambda w: LabelWeight(0.5, LinearRamp(1.0, 2))(1),
+        ValueError,
+        "`LabelWeight` needs an alpha below 1; it is 1 in epoch 1. Without labels, give the progressive term a weight of its "
+        "own (of AIKDLoss: `weights={'progressive': 1.0}`).",
+    ),
     (lambda w: LinearRamp(0.5, 2.5), TypeError, "`num_epochs` must be an integer; got 2.5."),
     # stores
     (lambda w: CachedTargets(0, C), ValueError, "`num_samples` must be at least 1; got 0."),

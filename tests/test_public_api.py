@@ -22,6 +22,7 @@ SIGNATURES = {
     "ProgressiveKD.update": "self, student_logits, *, index, mask=None",
     "ProgressiveKD.advance_epoch": "self, epoch=None",
     "LinearRamp": "end, num_epochs",
+    "LabelWeight": "weight, alpha",
     "CachedTargets": "num_samples, num_classes, *, dtype=torch.float16, device=None, top_k=None, path=None",
     "EMATargets": "num_samples, num_classes, *, decay, dtype=torch.float16, device=None, path=None",
     "CachedTargets.read": "self, index",

@@ -32,6 +32,7 @@ AIKDLoss(
   deterministic  0.5     call    student_logits, teacher_logits [mask]
   adversarial    1       call    student_logits, teacher_logits [mask, condition]
                          update  student_logits, teacher_logits [mask, condition]
+  weight of progressive: LabelWeight(weight=0.5, alpha=LinearRamp(end=0.8, num_epochs=4, start=0.0))
   (terms): ModuleDict(
     (progressive): ProgressiveKD(
       epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None

@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
@@ -255,8 +256,46 @@ def test_the_method_is_its_three_terms_with_the_stated_defaults(given):
     torch.testing.assert_close(values["deterministic"], deterministic)
     torch.testing.assert_close(values["adversarial"], adversarial.detach())
     torch.testing.assert_close(
-        total, 0.5 * progressive + 0.5 * deterministic + adversarial, rtol=1e-4, atol=1e-5, check_dtype=False
+        total,
+        0.5 / (1 - alpha) * progressive + 0.5 * deterministic + adversarial,
+        rtol=1e-4,
+        atol=1e-5,
+        check_dtype=False,
     )
+
+
+@pytest.mark.parametrize("epoch", [1, 7, 20])
+def test_the_labels_keep_their_weight_whatever_alpha(given, epoch):
+    """The gradient of a student whose previous predictions are its present ones is that of the labels and the teacher alone."""
+    method = AIKDLoss(
+        N, C, num_epochs=8, weights={"adversarial": 0.0}, targets=CachedTargets(N, C, dtype=torch.float64)
+    )
+    s, t, y, index = (given[name] for name in ("student_logits", "teacher_logits", "target", "index"))
+    s = s.detach().double().requires_grad_()
+    method.update(student_logits=s, teacher_logits=t, index=index)
+    method.advance_epoch(epoch)
+    total, _ = method(student_logits=s, teacher_logits=t, target=y, index=index)
+    labels_and_teacher = 0.5 * F.cross_entropy(s, y) + 0.5 * DeterministicKD(temperature=2.0)(s, t)
+    (gradient,), (expected,) = (torch.autograd.grad(loss, s) for loss in (total, labels_and_teacher))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 4])
+def test_in_the_first_epoch_labels_and_teacher_have_a_half_each(given, num_epochs):
+    """However steep alpha's ramp is: nothing is known that could take a share."""
+    method = AIKDLoss(N, C, num_epochs, weights={"adversarial": 0.0})
+    s, t, y = (given[name] for name in ("student_logits", "teacher_logits", "target"))
+    expected = 0.5 * F.cross_entropy(s, y) + 0.5 * DeterministicKD(temperature=2.0)(s, t)
+    torch.testing.assert_close(method(**given)[0], expected)
+
+
+@pytest.mark.parametrize("alpha", [1.0, lambda epoch: 1.0 if epoch == 3 else 0.5])
+def test_an_alpha_that_leaves_the_labels_nothing_is_refused_at_once(alpha):
+    with pytest.raises(ValueError, match=r"`LabelWeight` needs an alpha below 1; it is 1 in epoch 3\."):
+        AIKDLoss(N, C, num_epochs=4, alpha=alpha)
+    with pytest.raises(ValueError, match="it is 1 in epoch 1"):
+        AIKDLoss(N, C, num_epochs=1, alpha=1.0)  # where the last advance_epoch leads
+    AIKDLoss(N, C, num_epochs=4, alpha=alpha, weights={"progressive": 1.0})  # no labels, and meant so
 
 
 class Labelled(nn.Module):
@@ -283,7 +322,8 @@ def test_the_method_hands_on_whatever_its_terms_take(given):
         }
         total, values = method(**given, **blended)
         torch.testing.assert_close(values, expected)
-        expected_total = sum(method.weights[name] * value for name, value in expected.items())
+        weights = {"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0}
+        expected_total = sum(weights[name] * value for name, value in expected.items())
         torch.testing.assert_close(total, expected_total, check_dtype=False)
 
 

@@ -30,7 +30,7 @@ def of_tensors(stack: LossStack, tensors: Mapping[str, Any]) -> Iterator[Finding
         if not counts.any():
             yield warning("mask", "it leaves out every position, so that nothing is learned. True = counts.")
     if not logits.requires_grad:
-        yield warning(
+        yield error(
             "student_logits",
             "it has no graph, so that `backward()` reaches no model. Compute it outside `no_grad()`, without `detach()`.",
         )

@@ -15,7 +15,7 @@ from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
 from .progressive import ProgressiveKD
-from .schedules import LinearRamp, Schedule
+from .schedules import LabelWeight, LinearRamp, Schedule
 from .stack import LossStack, check_names
 from .targets import CachedTargets, TargetStore
 
@@ -36,12 +36,14 @@ class AIKDLoss(LossStack):
         num_classes: C, at least 2.
         num_epochs: how many epochs `alpha` takes to ramp up.
         temperature: T of the deterministic term (default 2).
-        alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
-        weights: any of the three weights, numbers or callables from the epoch, instead of w_p = 0.5, w_d = 0.5, w_a = 1. The
-            first two share the weight of the cross-entropy they replace, so that the learning rate keeps its meaning. With
-            many wrong labels it was better to let the pre-trained model hand over to the student's own predictions:
-            `weights={"progressive": LinearRamp(1.0, num_epochs, start=0.5), "deterministic": LinearRamp(0.0, num_epochs,
-            start=0.5)}`.
+        alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha; below 1 unless `weights` has
+            "progressive".
+        weights: any of the three weights, numbers or callables from the epoch, instead of w_p = `LabelWeight(0.5, alpha)`,
+            which is 0.5 / (1 - a), w_d = 0.5 and w_a = 1. So the labels and the pre-trained model share the weight of the
+            cross-entropy they replace, the learning rate keeps its meaning, and one's own predictions come beside them. With
+            many wrong labels a constant weight was better, `weights={"progressive": 0.5}`, under which labels count for less
+            as alpha grows; or a pre-trained model that hands over to one's own predictions, `weights={"progressive":
+            LinearRamp(1.0, num_epochs, start=0.5), "deterministic": LinearRamp(0.0, num_epochs, start=0.5)}`.
         targets: the store (default `CachedTargets(num_samples, num_classes)`, float16).
         discriminator: default `MLPDiscriminator(num_classes)`; it sees softmax probabilities at T = 1.
         objective, penalty: of the adversarial term (default "wasserstein", `GradientPenalty(10.0)`).
@@ -120,9 +122,12 @@ class AIKDLoss(LossStack):
                 process_group=process_group,
             ),
         }
-        super().__init__(
-            terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
-        )
+        weights = dict(weights or {})
+        if "progressive" not in weights:
+            beside = weights["progressive"] = LabelWeight(0.5, alpha)
+            for epoch in (num_epochs - 1, num_epochs):  # an alpha that grows to 1 is refused now, not when it is there
+                beside(epoch)
+        super().__init__(terms, weights={"deterministic": 0.5, "adversarial": 1.0, **weights})
 
     def forward(  # type: ignore[override]  # the tensors of the three terms, spelled out for editors
         self,
