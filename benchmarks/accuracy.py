@@ -226,8 +226,8 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
 def studied(every: dict[str, Any], folder: Path) -> dict[Task, Found]:
     """What was run on the seeds of the study, of every task."""
     found = {}
-    for name, tuned in every.items():
-        task = Task(*name.rsplit("-", 1))
+    of_tasks = [(Task(*name.rsplit("-", 1)), tuned) for name, tuned in every.items()]
+    for task, tuned in sorted(of_tasks, key=lambda pair: (pair[0].parts[:2], pair[0].net, pair[0].parts[2])):
         of_task = of_study(Results(task, folder), tuned)
         if len(of_task.get("ce", {})) > 1:
             found[task] = of_task
