@@ -40,10 +40,11 @@ class AIKDLoss(LossStack):
             "progressive".
         weights: any of the three weights, numbers or callables from the epoch, instead of w_p = `LabelWeight(0.5, alpha)`,
             which is 0.5 / (1 - a), w_d = 0.5 and w_a = 1. So the labels and the pre-trained model share the weight of the
-            cross-entropy they replace, the learning rate keeps its meaning, and one's own predictions come beside them. With
-            many wrong labels a constant weight can win more, or lose: `weights={"progressive": 0.5}`, under which labels count
-            for less as alpha grows; or a pre-trained model that hands over to one's own predictions, `weights={"progressive":
-            LinearRamp(1.0, num_epochs, start=0.5), "deterministic": LinearRamp(0.0, num_epochs, start=0.5)}`.
+            cross-entropy they replace, the learning rate keeps its meaning, and one's own predictions come beside them (so
+            that the total grows with alpha: compare the terms' values from epoch to epoch). With many wrong labels a constant
+            weight can win more, or lose: `weights={"progressive": 0.5}`, under which labels count for less as alpha grows; or
+            a pre-trained model that hands over to one's own predictions, `weights={"progressive": LinearRamp(1.0, num_epochs,
+            start=0.5), "deterministic": LinearRamp(0.0, num_epochs, start=0.5)}`.
         targets: the store (default `CachedTargets(num_samples, num_classes)`, float16).
         discriminator: default `MLPDiscriminator(num_classes)`; it sees softmax probabilities at T = 1.
         objective, penalty: of the adversarial term (default "wasserstein", `GradientPenalty(10.0)`).
