@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import reference
@@ -385,13 +387,39 @@ def test_a_tensor_changed_in_place_before_the_backward_pass_is_an_error(way):
         value.backward()
 
 
-def test_a_gradient_may_be_taken_twice(way):
-    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
-    value = deterministic_kd(s, t)
-    value.backward(retain_graph=True)
-    first = s.grad.clone()
-    value.backward()
-    torch.testing.assert_close(s.grad, 2 * first)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_may_be_taken_twice(way, masked):
+    s, t, rows, y = (
+        torch.randn(4, 5, requires_grad=True),
+        torch.randn(4, 5),
+        torch.rand(4, 5),
+        torch.tensor([0, 1, 2, 3]),
+    )
+    mask, known = (torch.tensor([True, True, False, True]) for _ in range(2)) if masked else (None, None)
+    for value in (deterministic_kd(s, t, mask=mask), progressive_kd(s, rows, y, alpha=0.3, known=known, mask=mask)):
+        s.grad = None
+        value.backward(retain_graph=True)
+        first = s.grad.clone()
+        value.backward()
+        torch.testing.assert_close(s.grad, 2 * first)
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+
+
+def test_a_loss_that_is_kept_keeps_nothing_of_its_step(way):
+    """As with torch's own losses, what was saved goes with the backward pass."""
+    s, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    store = CachedTargets(4, 5)
+    store.write(torch.arange(4), torch.rand(4, 5).softmax(-1))
+    stack = LossStack({"kd": DeterministicKD(), "progressive": ProgressiveKD(store, alpha=0.5)})
+    logits, t, mask = s * 1.0, torch.randn(4, 5), torch.tensor([True, False, True, True])
+    total, _ = stack(student_logits=logits, teacher_logits=t, target=y, index=torch.arange(4), mask=mask)
+    gone = [weakref.ref(x) for x in (logits, t, mask)]
+    total.backward()
+    del logits, t, mask
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None, None]
+    assert total.grad_fn is not None
 
 
 def test_a_stack_reads_a_store_once_and_a_write_of_the_users_own_is_called():

@@ -97,10 +97,9 @@ class _SoftTargets(torch.autograd.Function):
         parts, rows, counts = _scaled_parts(student, terms, weights)
         sums, slope = _all_rows(rows, parts, wanted)
         if wanted:
-            ctx.terms, ctx.weights, ctx.slope = terms, weights, slope
-            # Those made in inference mode cannot be saved.
-            targets = [x[0] for term in terms for x in term.parts if not x[0].is_inference()]
-            ctx.save_for_backward(student, *targets)
+            tensors: list[Tensor] = []
+            ctx.layout, ctx.slope = _without_tensors(terms, weights, tensors), slope
+            ctx.save_for_backward(student, *tensors)
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         if len(terms) == 1 and type(weights[0]) is float and weights[0] == 1.0:
             return as_tensor(_reduced(sums, terms[0], counts[0], student), dtype)
@@ -115,15 +114,15 @@ class _SoftTargets(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        student = ctx.saved_tensors[0]  # refuses targets that were changed in place, too
+        student, *tensors = ctx.saved_tensors  # refuses those that were changed in place, too
         # The first backward pass takes what the forward pass made; another one finds nothing and computes it anew.
         slope, ctx.slope = ctx.slope, None
         if torch.is_grad_enabled():  # to be differentiated once more
-            parts, rows, _ = _scaled_parts(student, ctx.terms, ctx.weights)
+            parts, rows, _ = _scaled_parts(student, *_with_tensors(student, ctx.layout, tensors))
             slope = _differentiable(rows, parts).view(student.shape) * (grad.unsqueeze(-1) if grad.ndim else grad)
         else:
             if slope is None:
-                parts, rows, _ = _scaled_parts(student, ctx.terms, ctx.weights)
+                parts, rows, _ = _scaled_parts(student, *_with_tensors(student, ctx.layout, tensors))
                 slope = _all_rows(rows, parts, True)[1]
             if slope.ndim != student.ndim:
                 slope = slope.view(student.shape)
@@ -131,6 +130,39 @@ class _SoftTargets(torch.autograd.Function):
             if not (type(scale) is float and scale == 1.0):
                 slope.mul_(scale)
         return (slope if slope.dtype == student.dtype else slope.to(student.dtype)), None
+
+
+_SAVED: Any = object()  # stands where a tensor was
+Layout = tuple[list[tuple[list[Part], Any, str]], list[Any]]
+
+
+def _without_tensors(terms: Sequence[Term], weights: Sequence[Share], tensors: list[Tensor]) -> Layout:
+    """The terms but for their tensors, which autograd saves: it lets go of them with the last backward pass, however long the
+    loss is kept. Those made in inference mode cannot be saved."""
+
+    def out(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.is_inference():
+            return x
+        tensors.append(x)
+        return _SAVED
+
+    return [
+        ([Part(out(x[0]), x[1], out(x[2]), x[3]) for x in term.parts], out(term.mask), term.reduction) for term in terms
+    ], [out(weight) for weight in weights]
+
+
+def _with_tensors(student: Tensor, layout: Layout, tensors: Sequence[Tensor]) -> tuple[list[Term], list[Share]]:
+    """The same, whole again."""
+    saved = iter(tensors)
+
+    def back(x: Any) -> Any:
+        return next(saved) if x is _SAVED else x
+
+    terms = [
+        Term(student, tuple(Part(back(x[0]), x[1], back(x[2]), x[3]) for x in parts), back(mask), reduction)
+        for parts, mask, reduction in layout[0]
+    ]
+    return terms, [back(weight) for weight in layout[1]]
 
 
 def as_tensor(x: Share, dtype: torch.dtype) -> Tensor:
