@@ -891,6 +891,11 @@ TENSORS = [
         "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). Without one, step "
         "on `discriminator_loss` yourself.",
     ),
+    (
+        lambda w: (w.adversarial.discriminator.requires_grad_(False), w.method.update(**w.all)),
+        RuntimeError,
+        "`update` needs a discriminator that can be trained; every parameter of its optimizer has requires_grad=False.",
+    ),
     (lambda w: w.progressive.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),
     (lambda w: w.progressive.advance_epoch(1.5), TypeError, "`epoch` must be an integer; got 1.5."),
     (lambda w: w.method.advance_epoch(-1), ValueError, "`epoch` must be at least 0; got -1."),

@@ -222,6 +222,10 @@ class AdversarialDistributionLoss(Carrier):
                 "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
                 "Without one, step on `discriminator_loss` yourself."
             )
+        if not any(p.requires_grad for group in self.optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "`update` needs a discriminator that can be trained; every parameter of its optimizer has requires_grad=False."
+            )
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
         return partial(
             self._step, self.optimizer, student_logits.detach(), teacher_logits.detach(), axis, mask, condition
