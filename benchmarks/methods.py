@@ -326,10 +326,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full trusted": Trusted,
 }  # type: ignore[assignment]
 OURS = tuple(list(METHODS)[list(METHODS).index("deterministic") :])
-DEFAULTS = ("full", "full halves", "full handing over", "full halves T4")  # that the summary compares
+FULL = ("full", "full halves", "full handing over", "full halves T4")  # its settings
 RIVALS = tuple(
-    list(METHODS)[1 : list(METHODS).index("adversarial")]
-)  # single ones, the terms that others published among them
+    list(METHODS)[: list(METHODS).index("adversarial")]
+)  # cross-entropy and single methods, the terms that others published among them
 
 
 # One setting of AIKDLoss at a time, the others as they come.

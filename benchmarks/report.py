@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import OURS, RIVALS
+from methods import FULL, OURS, RIVALS
 from rich.table import Table
 from tasks import Task
 
@@ -22,6 +22,8 @@ Mean ± standard error over the seeds; differences to cross-entropy ("ce") are p
 training over cross-entropy's, where it was noted, without the pre-trained model's. How all of it was measured, and what it
 means: [accuracy](accuracy.md). Written by `python benchmarks/accuracy.py --table` from the lines in
 [`benchmarks/results/accuracy/`](../benchmarks/results/accuracy)."""
+SUMMARY = ("full", "full tuned", *FULL[1:])
+DIGITS = {"accuracy": 2, "nll_scaled": 3}
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method, by seed
 
 
@@ -102,24 +104,39 @@ def best_rival(found: Found, key: str) -> str:
     return min(rivals, key=lambda name: sign * mean_error([line[key] for line in found[name].values()])[0])
 
 
-def summary(every: dict[Task, Found], names: tuple[str, ...], over: str) -> str:
-    """A row a task: what `names` gain over cross-entropy, or over the best rival, in accuracy."""
-    rows = [f"| task | {over} | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+def over_cross_entropy(every: dict[Task, Found]) -> str:
+    """A row a task: what is gained in accuracy, and how much of its own training labels cross-entropy got right."""
+    rows = [
+        "| task | cross-entropy | its own labels | " + " | ".join(SUMMARY) + " |",
+        "|---" * (3 + len(SUMMARY)) + "|",
+    ]
     for task, found in every.items():
-        other = "ce" if over == "cross-entropy" else best_rival(found, "accuracy")
-        level = mean_error([line["accuracy"] for line in found[other].values()])[0]
-        cells = [task.name, f"{level:.2f}" if other == "ce" else f"{other}, {level:.2f}"]
-        for name in names:
-            cells.append("{:+.2f} ± {:.2f}".format(*gain(found, name, other, "accuracy")) if name in found else "-")
+        level, fitted = (mean_error([line[key] for line in found["ce"].values()])[0] for key in ("accuracy", "fitted"))
+        cells = [task.name, f"{level:.2f}", f"{fitted:.0f}", *gains(found, "ce", "accuracy")]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def whole_page(text: str, every: dict[Task, Found], names: tuple[str, ...]) -> str:
+def over_best_rival(every: dict[Task, Found], key: str) -> str:
+    rows = ["| task | the best rival | " + " | ".join(SUMMARY) + " |", "|---" * (2 + len(SUMMARY)) + "|"]
+    for task, found in every.items():
+        rival = best_rival(found, key)
+        level = mean_error([line[key] for line in found[rival].values()])[0]
+        cells = [task.name, f"{rival}, {level:.{DIGITS[key]}f}", *gains(found, rival, key)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def gains(found: Found, other: str, key: str) -> list[str]:
+    form = "{{:+.{0}f}} ± {{:.{0}f}}".format(DIGITS[key])
+    return [form.format(*gain(found, name, other, key)) if name in found else "-" for name in SUMMARY]
+
+
+def whole_page(text: str, every: dict[Task, Found]) -> str:
     """The page with its tables written anew."""
-    for over in ("cross-entropy", "the best rival"):
-        text = between(text, f"over {over}", summary(every, names, over))
-    return text
+    text = between(text, "over cross-entropy", over_cross_entropy(every))
+    text = between(text, "over the best rival", over_best_rival(every, "accuracy"))
+    return between(text, "over the best rival, scaled NLL", over_best_rival(every, "nll_scaled"))
 
 
 def tables(every: dict[Task, Found]) -> str:

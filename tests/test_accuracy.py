@@ -13,7 +13,7 @@ import scores
 import sensitivity
 import tasks
 import torch
-from methods import DEFAULTS, METHODS, VARIANTS, VARIED
+from methods import METHODS, VARIANTS, VARIED
 from rich.console import Console
 
 TASK = accuracy.Task("mnist1d-200-20", "mlp")
@@ -144,7 +144,7 @@ def test_the_pages_show_what_the_results_say(monkeypatch):
     assert found
     assert (report.DOCS / "accuracy-tables.md").read_text() == report.tables(found)
     text = (report.DOCS / "accuracy.md").read_text()
-    assert report.whole_page(text, found, DEFAULTS) == text
+    assert report.whole_page(text, found) == text
     assert all((report.PICTURES / f"accuracy-{task.name}.svg").exists() for task in found)
 
 
@@ -158,10 +158,60 @@ def test_what_stands_around_a_table_stays():
 
 def test_a_gain_is_paired_over_the_seeds_that_both_have():
     found = {
-        "ce": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 99.0}},
+        "ce": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 9.0}},
         "mixup": {0: {"accuracy": 51.0}, 1: {"accuracy": 63.0}},
         "dlb": {0: {"accuracy": 70.0}, 1: {"accuracy": 10.0}},
     }
     mean, error = report.gain(found, "mixup", "ce", "accuracy")
     assert (mean, error) == (2.0, 1.0)  # differences 1 and 3: deviation sqrt(2), over the root of two seeds
     assert report.best_rival(found, "accuracy") == "mixup"
+
+
+def test_the_tables_of_the_page_name_the_best_rival_of_each_measure():
+    def lines(*pairs):
+        return {seed: {"accuracy": a, "nll_scaled": n, "fitted": 80.0 + seed} for seed, (a, n) in enumerate(pairs)}
+
+    found = {
+        "ce": lines((50.0, 1.0), (60.0, 2.0)),
+        "mixup": lines((52.0, 1.5), (62.0, 2.5)),
+        "full": lines((51.0, 0.5), (63.0, 1.5)),
+        "full halves": lines((50.0, 1.0), (64.0, 2.0)),
+    }
+    every = {TASK: found}
+    row = report.over_cross_entropy(every).splitlines()[-1]
+    assert row == "| mnist1d-200-20-mlp | 55.00 | 80 | +2.00 ± 1.00 | - | +2.00 ± 2.00 | - | - |"
+    row = report.over_best_rival(every, "accuracy").splitlines()[-1]
+    assert row == "| mnist1d-200-20-mlp | mixup, 57.00 | +0.00 ± 1.00 | - | +0.00 ± 2.00 | - | - |"
+    row = report.over_best_rival(every, "nll_scaled").splitlines()[-1]
+    assert row == "| mnist1d-200-20-mlp | ce, 1.500 | -0.500 ± 0.000 | - | +0.000 ± 0.000 | - | - |"
+
+
+def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
+    at = {"lr": 0.1, "weight_decay": 0.02, "own": None}
+
+    def line(method, seed, validation, test, lr=0.1):
+        setting = at | {"lr": lr}
+        return {
+            "key": f"{method}-{seed}-{lr}",
+            "method": method,
+            "seed": seed,
+            "validation": validation,
+            "test": test,
+        } | setting
+
+    results = accuracy.Results(TASK, accuracy.FOLDER)
+    for seed in accuracy.TUNING_SEEDS:
+        results.add(line("full", seed, 70.0, 50.0))
+        results.add(line("full halves", seed, 60.0, 90.0))
+        results.add(line("full halves", seed, 80.0, 90.0, lr=0.03))  # not the setting that was tuned
+    results.add(line("full halves", 0, 99.0, 90.0))  # a seed of the study
+    assert accuracy.setting_of_full(results, {"full": at, "full halves": at}) == "full"
+    assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at | {"lr": 0.03}}) == "full halves"
+
+
+def test_many_samples_are_seen_ten_times(monkeypatch):
+    monkeypatch.undo()
+    steps = {
+        size: accuracy.steps_of(accuracy.Task(f"mnist1d-{size}-0", "mlp")) for size in (1_000, 2_000, 4_000, 58_000)
+    }
+    assert steps == {1_000: 600, 2_000: 600, 4_000: 1_200, 58_000: 5_800}
