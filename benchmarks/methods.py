@@ -60,6 +60,28 @@ class TwiceAsLong(Method):
     length = 2
 
 
+class StoppedEarly(Method):
+    """The weights of the epoch with the best accuracy on the validation samples, which no other method sees while it trains."""
+
+    def begin(self, model: nn.Module, data: Any, epochs: int) -> None:
+        super().begin(model, data, epochs)
+        self.validation: list[float] = []
+
+    @torch.no_grad()
+    def after_epoch(self) -> None:
+        self.model.eval()
+        right = self.model(self.data.validation_x).argmax(-1) == self.data.validation_y
+        self.model.train()
+        self.validation.append(float(right.float().mean()))
+        if self.validation[-1] > max(self.validation[:-1], default=-1.0):
+            self.weights = copy.deepcopy(self.model.state_dict())
+        if len(self.validation) == self.epochs:
+            self.model.load_state_dict(self.weights)
+
+    def report(self) -> dict[str, Any]:
+        return {"stopped": self.validation.index(max(self.validation)) + 1, "epochs": self.epochs}
+
+
 class Scheduled(Method):
     """The weight of cross-entropy falls: the relative weight decay that a progressive target brings with it."""
 
@@ -307,6 +329,7 @@ HALVES = {"progressive": 0.5, "deterministic": 0.5}
 METHODS: dict[str, Callable[..., Method]] = {
     "ce": Method,
     "ce twice as long": TwiceAsLong,
+    "ce stopped early": StoppedEarly,
     "ce scheduled": Scheduled,
     "label smoothing": LabelSmoothing,
     "mixup": Mixup,

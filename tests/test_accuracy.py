@@ -79,6 +79,27 @@ def test_every_method_trains_and_says_how_it_did(name):
     assert again | {"seconds": 0} == results[0] | {"seconds": 0}
 
 
+def test_stopping_early_ends_with_the_best_epochs_weights(monkeypatch):
+    """The validation accuracy of the run is the best of its epochs, which a run that is never stopped passes through too."""
+    monkeypatch.setattr(accuracy, "steps_of", lambda task: 40)
+    seen: list[float] = []
+    data = tasks.draw(TASK, 1)
+
+    class Watched(METHODS["ce"]):
+        def after_epoch(self):
+            logits = accuracy.logits_of(self.model, data.validation_x)
+            seen.append(100 * float((logits.argmax(-1) == data.validation_y).float().mean()))
+
+    accuracy.train(TASK, data, Watched(), 500_000, 0.3, 0.0)
+    stopped = METHODS["ce stopped early"]()
+    model = accuracy.train(TASK, data, stopped, 500_000, 0.3, 0.0)
+    held = accuracy.logits_of(model, data.validation_x)
+    assert len(seen) == 20
+    assert seen[-1] < max(seen)
+    assert 100 * float((held.argmax(-1) == data.validation_y).float().mean()) == max(seen)
+    assert stopped.report() == {"stopped": 1 + seen.index(max(seen)), "epochs": 20}
+
+
 def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     console = Console(quiet=True)
     names = ["ce", "label smoothing"]
