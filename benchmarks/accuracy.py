@@ -39,7 +39,7 @@ from methods import FULL, METHODS, VARIANTS, Method
 from report import Found, plot, table, tables, whole_page
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scores import best_temperature, metrics
+from scores import best_temperature, logits_of, metrics, percent_right
 from tasks import Data, Task, draw, network
 from torch import Tensor, nn
 
@@ -54,14 +54,6 @@ def steps_of(task: Task) -> int:
     """Ten epochs at least: what was predicted in the last one is no use to a method that sees few of them."""
     size = task.parts[1]
     return max(600 if size <= 2_000 else 1_200, 10 * size // BATCH)
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    model.eval()
-    out = torch.cat([model(part) for part in x.split(2_000)])
-    model.train()
-    return out
 
 
 def train(task: Task, data: Data, method: Method, seed: int, lr: float, weight_decay: float) -> nn.Module:
@@ -133,8 +125,8 @@ def run(r: Run) -> dict[str, Any]:
     return {
         "method": r.method, "seed": r.seed, "lr": r.lr, "weight_decay": r.weight_decay, "own": r.own,
         "teacher": r.teacher, "key": r.key(), "seconds": round(seconds, 3),
-        "fitted": 100 * float((logits_of(model, data.x).argmax(-1) == data.y).float().mean()),
-        "validation": 100 * float((held.argmax(-1) == data.validation_y).float().mean()),
+        "fitted": percent_right(logits_of(model, data.x), data.y),
+        "validation": percent_right(held, data.validation_y),
         **metrics(logits_of(model, data.test_x), data.test_y, scale), **method.report(),
     }  # fmt: skip
 
@@ -215,13 +207,17 @@ def study(
     run_all(runs, results, jobs, console, task.name)
 
 
+def tuned_so(line: dict[str, Any], setting: dict[str, Any]) -> bool:
+    return all(line[name] == setting[name] for name in ("lr", "weight_decay", "own"))
+
+
 def of_study(results: Results, tuned: dict[str, Any]) -> Found:
     """Of each method the runs at its tuned setting on the seeds of the study."""
     found: Found = {}
     for line in results.done.values():
         setting = tuned.get(line["method"])
         of_seeds = line["seed"] < min(TUNING_SEEDS) and line["teacher"] is not None
-        if setting and of_seeds and all(line[name] == setting[name] for name in ("lr", "weight_decay", "own")):
+        if setting and of_seeds and tuned_so(line, setting):
             found.setdefault(line["method"], {})[line["seed"]] = line
     return found
 
@@ -229,11 +225,13 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
 def setting_of_full(results: Results, tuned: dict[str, Any]) -> str:
     """The one of the full method's settings that the validation samples choose, as they choose a rival's own setting."""
 
-    def of_tuning(name: str) -> list[float]:
-        lines = [r for r in results.done.values() if r["method"] == name and r["seed"] in TUNING_SEEDS]
-        return [r["validation"] for r in lines if all(r[key] == value for key, value in tuned[name].items())]
+    of_tuning = [line for line in results.done.values() if line["seed"] in TUNING_SEEDS]
 
-    return max((name for name in FULL if name in tuned), key=lambda name: statistics.fmean(of_tuning(name)))
+    def validation(name: str) -> float:
+        lines = (line for line in of_tuning if line["method"] == name and tuned_so(line, tuned[name]))
+        return statistics.fmean(line["validation"] for line in lines)
+
+    return max((name for name in FULL if name in tuned), key=validation)
 
 
 def studied(every: dict[str, Any], folder: Path) -> dict[Task, Found]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scores import logits_of, percent_right
 from torch import Tensor, nn
 
 from aikd_losses import (
@@ -67,12 +68,8 @@ class StoppedEarly(Method):
         super().begin(model, data, epochs)
         self.validation: list[float] = []
 
-    @torch.no_grad()
     def after_epoch(self) -> None:
-        self.model.eval()
-        right = self.model(self.data.validation_x).argmax(-1) == self.data.validation_y
-        self.model.train()
-        self.validation.append(float(right.float().mean()))
+        self.validation.append(percent_right(logits_of(self.model, self.data.validation_x), self.data.validation_y))
         if self.validation[-1] > max(self.validation[:-1], default=-1.0):
             self.weights = copy.deepcopy(self.model.state_dict())
         if len(self.validation) == self.epochs:

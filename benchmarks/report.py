@@ -104,27 +104,31 @@ def best_rival(found: Found, key: str) -> str:
     return min(rivals, key=lambda name: sign * mean_error([line[key] for line in found[name].values()])[0])
 
 
+def summary(every: dict[Task, Found], columns: tuple[str, ...], cells: Callable[[Found], list[str]]) -> str:
+    """A row a task."""
+    heads = ("task", *columns, *SUMMARY)
+    rows = [list(heads), *([task.name, *cells(found)] for task, found in every.items())]
+    first, *others = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
+
+
 def over_cross_entropy(every: dict[Task, Found]) -> str:
-    """A row a task: what is gained in accuracy, and how much of its own training labels cross-entropy got right."""
-    rows = [
-        "| task | cross-entropy | its own labels | " + " | ".join(SUMMARY) + " |",
-        "|---" * (3 + len(SUMMARY)) + "|",
-    ]
-    for task, found in every.items():
+    """What is gained in accuracy, and how much of its own training labels cross-entropy got right."""
+
+    def cells(found: Found) -> list[str]:
         level, fitted = (mean_error([line[key] for line in found["ce"].values()])[0] for key in ("accuracy", "fitted"))
-        cells = [task.name, f"{level:.2f}", f"{fitted:.0f}", *gains(found, "ce", "accuracy")]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        return [f"{level:.2f}", f"{fitted:.0f}", *gains(found, "ce", "accuracy")]
+
+    return summary(every, ("cross-entropy", "its own labels"), cells)
 
 
 def over_best_rival(every: dict[Task, Found], key: str) -> str:
-    rows = ["| task | the best rival | " + " | ".join(SUMMARY) + " |", "|---" * (2 + len(SUMMARY)) + "|"]
-    for task, found in every.items():
+    def cells(found: Found) -> list[str]:
         rival = best_rival(found, key)
         level = mean_error([line[key] for line in found[rival].values()])[0]
-        cells = [task.name, f"{rival}, {level:.{DIGITS[key]}f}", *gains(found, rival, key)]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        return [f"{rival}, {level:.{DIGITS[key]}f}", *gains(found, rival, key)]
+
+    return summary(every, ("the best rival",), cells)
 
 
 def gains(found: Found, other: str, key: str) -> list[str]:

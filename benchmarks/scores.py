@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    model.eval()
+    out = torch.cat([model(part) for part in x.split(2_000)])
+    model.train()
+    return out
+
+
+def percent_right(logits: Tensor, target: Tensor) -> float:
+    return 100 * float((logits.argmax(-1) == target).float().mean())
 
 
 def metrics(logits: Tensor, target: Tensor, scale: float) -> dict[str, float]:

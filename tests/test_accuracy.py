@@ -217,7 +217,7 @@ def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
             "method": method,
             "seed": seed,
             "validation": validation,
-            "test": test,
+            "accuracy": test,
         } | setting
 
     results = accuracy.Results(TASK, accuracy.FOLDER)
