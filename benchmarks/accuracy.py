@@ -8,11 +8,11 @@ A task is a data set with a size and a share of wrong labels (percent), and a ne
 line of `results/accuracy/<task>.jsonl`; what is there is not run again, so a study that was stopped goes on where it was.
 
 The rules. Training sets and their wrong labels are drawn anew for every seed; tuning has seeds of its own. Every method gets
-the same number of steps (cross-entropy also twice that), the same grid of learning rates and weight decays, then a few values
-of the one setting that is its own; what is best in accuracy on 2,000 validation samples, whose labels are as wrong as the
-training set's, is run on the seeds of the study. The pre-trained model of a seed is a cross-entropy run on its training set.
-The test set (10,000 samples, true labels) chooses nothing. Scaled values are those after dividing the logits by the
-temperature that suits the validation samples with their true labels.
+the same number of steps (cross-entropy also twice that), the same grid of learning rates and weight decays, lower weight decays
+while the lowest is its best, then a few values of the one setting that is its own; what is best in accuracy on 2,000 validation
+samples, whose labels are as wrong as the training set's, is run on the seeds of the study. The pre-trained model of a seed is a
+cross-entropy run on its training set. The test set (10,000 samples, true labels) chooses nothing. Scaled values are those after
+dividing the logits by the temperature that suits the validation samples with their true labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from torch import Tensor, nn
 FOLDER = RESULTS / "accuracy"
 LEARNING_RATES = (0.03, 0.1)
 WEIGHT_DECAYS = (5e-3, 2e-2, 6e-2)
+LOWER = (2e-3, 5e-4)  # one after the other, for a method whose best so far is the lowest
 TUNING_SEEDS = (1000, 1001)
 BATCH = 100
 
@@ -103,7 +103,10 @@ class Run:
     teacher: tuple[float, float] | None  # learning rate and weight decay of the pre-trained model
 
     def key(self) -> str:
-        return json.dumps([self.method, self.seed, self.lr, self.weight_decay, self.own, self.teacher])
+        """Two runs with the same key are the same run: to a method that needs no pre-trained model it does not matter which."""
+        needed = (METHODS | VARIANTS)[self.method]().needs_teacher
+        teacher = self.teacher if needed else self.teacher is not None
+        return json.dumps([self.method, self.seed, self.lr, self.weight_decay, self.own, teacher])
 
 
 def run(r: Run) -> dict[str, Any]:
@@ -124,21 +127,25 @@ def run(r: Run) -> dict[str, Any]:
     scale = best_temperature(held, data.validation_true)
     return {
         "method": r.method, "seed": r.seed, "lr": r.lr, "weight_decay": r.weight_decay, "own": r.own,
-        "teacher": r.teacher, "key": r.key(), "seconds": round(seconds, 3),
+        "teacher": r.teacher, "seconds": round(seconds, 3),
         "fitted": percent_right(logits_of(model, data.x), data.y),
         "validation": percent_right(held, data.validation_y),
         **metrics(logits_of(model, data.test_x), data.test_y, scale), **method.report(),
     }  # fmt: skip
 
 
+def run_of(task: Task, line: dict[str, Any]) -> Run:
+    return Run(task, *(line[name] for name in ("method", "seed", "lr", "weight_decay", "own", "teacher")))
+
+
 class Results:
     """The lines of a task's file; what is there is not run again."""
 
     def __init__(self, task: Task, folder: Path) -> None:
-        self.path = folder / f"{task.name}.jsonl"
+        self.task, self.path = task, folder / f"{task.name}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [json.loads(line) for line in lines]
-        self.done = {line["key"]: line for line in self.lines if "key" in line}
+        self.done = {run_of(task, line).key(): line for line in self.lines if "method" in line}
 
     def add(self, line: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +154,7 @@ class Results:
                 file.write(json.dumps({"machine": machine()}) + "\n")
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
-        self.done[line["key"]] = line
+        self.done[run_of(self.task, line).key()] = line
 
 
 def run_all(runs: list[Run], results: Results, jobs: int, console: Console, what: str) -> list[dict[str, Any]]:
@@ -173,63 +180,61 @@ def best(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def tune(task: Task, names: list[str], results: Results, jobs: int, console: Console) -> dict[str, dict[str, Any]]:
     """Cross-entropy first: it gives the teacher. Then the grid, then the method's own setting at the grid's best."""
-    tuned: dict[str, dict[str, Any]] = {}
-    grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
 
-    def of(name: str, settings: Iterator[tuple[float, float, float | None]] | list[Any], teacher: Any) -> list[Run]:
-        return [Run(task, name, seed, *s, teacher) for s in settings for seed in TUNING_SEEDS]
+    def tried(settings: dict[str, list[tuple[float, float, float | None]]], teacher: Any) -> dict[str, Any]:
+        """The lines of every method's settings."""
+        runs = [
+            Run(task, name, seed, *s, teacher) for name, of in settings.items() for s in of for seed in TUNING_SEEDS
+        ]
+        lines = run_all(runs, results, jobs, console, f"{task.name} tuning")
+        return {name: [line for line in lines if line["method"] == name] for name in settings}
 
-    plain = run_all(of("ce", [(*g, None) for g in grid], None), results, jobs, console, f"{task.name} ce")
-    tuned["ce"] = best(plain)
+    def on_grid(names: list[str], teacher: Any) -> dict[str, Any]:
+        lines: dict[str, Any] = {name: [] for name in names}
+        for decays in (WEIGHT_DECAYS, *((lower,) for lower in LOWER)):
+            grid = [(lr, decay, None) for lr, decay in itertools.product(LEARNING_RATES, decays)]
+            for name, more in tried(dict.fromkeys(names, grid), teacher).items():
+                lines[name] += more
+            names = [name for name in names if best(lines[name])["weight_decay"] == min(decays)]
+        return lines
+
+    tuned = {"ce": best(on_grid(["ce"], None)["ce"])}
     teacher = tuned["ce"]["lr"], tuned["ce"]["weight_decay"]
-    others = [name for name in names if name != "ce"]
-    first = [r for name in others for r in of(name, [(*g, None) for g in grid], teacher)]
-    lines = run_all(first, results, jobs, console, f"{task.name} grid")
-    second = []
-    for name in others:
-        tuned[name] = best([line for line in lines if line["method"] == name])
-        at = tuned[name]["lr"], tuned[name]["weight_decay"]
-        second += of(name, [(*at, own) for own in METHODS[name]().grid], teacher)
-    lines += run_all(second, results, jobs, console, f"{task.name} own")
-    for name in others:
-        tuned[name] = best([line for line in lines if line["method"] == name])
-    return tuned
+    lines = on_grid([name for name in names if name != "ce"], teacher)
+    at = {name: best(of) for name, of in lines.items()}
+    own = {name: [(s["lr"], s["weight_decay"], value) for value in METHODS[name]().grid] for name, s in at.items()}
+    return tuned | {name: best(lines[name] + more) for name, more in tried(own, teacher).items()}
+
+
+def as_tuned(task: Task, name: str, seed: int, tuned: dict[str, Any]) -> Run:
+    at, ce = tuned[name], tuned["ce"]
+    return Run(task, name, seed, at["lr"], at["weight_decay"], at["own"], (ce["lr"], ce["weight_decay"]))
 
 
 def study(
     task: Task, names: list[str], seeds: int, tuned: dict[str, Any], results: Results, jobs: int, console: Console
 ) -> None:
-    teacher = tuned["ce"]["lr"], tuned["ce"]["weight_decay"]
-    runs = [
-        Run(task, name, seed, tuned[name]["lr"], tuned[name]["weight_decay"], tuned[name]["own"], teacher)
-        for seed in range(seeds) for name in names
-    ]  # fmt: skip
+    runs = [as_tuned(task, name, seed, tuned) for seed in range(seeds) for name in names]
     run_all(runs, results, jobs, console, task.name)
-
-
-def tuned_so(line: dict[str, Any], setting: dict[str, Any]) -> bool:
-    return all(line[name] == setting[name] for name in ("lr", "weight_decay", "own"))
 
 
 def of_study(results: Results, tuned: dict[str, Any]) -> Found:
     """Of each method the runs at its tuned setting on the seeds of the study."""
+    seeds = sorted({line["seed"] for line in results.done.values()} - set(TUNING_SEEDS))
     found: Found = {}
-    for line in results.done.values():
-        setting = tuned.get(line["method"])
-        of_seeds = line["seed"] < min(TUNING_SEEDS) and line["teacher"] is not None
-        if setting and of_seeds and tuned_so(line, setting):
-            found.setdefault(line["method"], {})[line["seed"]] = line
+    for name, seed in itertools.product(tuned, seeds):
+        line = results.done.get(as_tuned(results.task, name, seed, tuned).key())
+        if line:
+            found.setdefault(name, {})[seed] = line
     return found
 
 
 def setting_of_full(results: Results, tuned: dict[str, Any]) -> str:
     """The one of the full method's settings that the validation samples choose, as they choose a rival's own setting."""
 
-    of_tuning = [line for line in results.done.values() if line["seed"] in TUNING_SEEDS]
-
     def validation(name: str) -> float:
-        lines = (line for line in of_tuning if line["method"] == name and tuned_so(line, tuned[name]))
-        return statistics.fmean(line["validation"] for line in lines)
+        runs = [as_tuned(results.task, name, seed, tuned) for seed in TUNING_SEEDS]
+        return statistics.fmean(results.done[r.key()]["validation"] for r in runs)
 
     return max((name for name in FULL if name in tuned), key=validation)
 

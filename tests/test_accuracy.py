@@ -158,6 +158,38 @@ def test_the_best_setting_is_that_of_the_best_mean():
     assert accuracy.best(lines)["lr"] == 0.2
 
 
+def test_lower_weight_decays_are_tried_while_the_lowest_is_best(monkeypatch):
+    """Fake runs: cross-entropy is best at 0.02, label smoothing the better the lower, mixup at 0.002."""
+    likes = {"ce": 0.02, "label smoothing": 0.0, "mixup": 0.002}
+    tried: dict[str, set[float]] = {name: set() for name in likes}
+
+    def fake(runs, *_):
+        for r in runs:
+            tried[r.method].add(r.weight_decay)
+        return [vars(r) | {"validation": 50 - abs(r.weight_decay - likes[r.method])} for r in runs]
+
+    monkeypatch.setattr(accuracy, "run_all", fake)
+    tuned = accuracy.tune(TASK, list(likes), None, 1, None)
+    assert {name: tuned[name]["weight_decay"] for name in likes} == {
+        "ce": 0.02,
+        "label smoothing": 0.0005,
+        "mixup": 0.002,
+    }
+    grid = {0.005, 0.02, 0.06}
+    assert tried == {"ce": grid, "label smoothing": grid | {0.002, 0.0005}, "mixup": grid | {0.002, 0.0005}}
+
+
+def test_a_run_is_another_one_with_another_pretrained_model_only_if_it_has_one():
+    def key(method, teacher):
+        return accuracy.Run(TASK, method, 0, 0.1, 0.02, None, teacher).key()
+
+    for method in ("ce", "mixup"):
+        assert key(method, (0.1, 0.02)) == key(method, (0.03, 0.005))
+    for method in ("deterministic", "full", "full, alpha, last value 0.8"):
+        assert key(method, (0.1, 0.02)) != key(method, (0.03, 0.005))
+    assert key("ce", None) != key("ce", (0.1, 0.02))  # the pre-trained model itself starts elsewhere
+
+
 def test_the_pages_show_what_the_results_say(monkeypatch):
     """The tables of the documentation, worked out anew from the lines of the runs."""
     monkeypatch.undo()
@@ -210,14 +242,14 @@ def test_the_tables_of_the_page_name_the_best_rival_of_each_measure():
 def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
     at = {"lr": 0.1, "weight_decay": 0.02, "own": None}
 
-    def line(method, seed, validation, test, lr=0.1):
+    def line(method, seed, validation, test, lr=0.1, teacher=(0.1, 0.02)):
         setting = at | {"lr": lr}
         return {
-            "key": f"{method}-{seed}-{lr}",
             "method": method,
             "seed": seed,
             "validation": validation,
             "accuracy": test,
+            "teacher": teacher,
         } | setting
 
     results = accuracy.Results(TASK, accuracy.FOLDER)
@@ -225,8 +257,9 @@ def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
         results.add(line("full", seed, 70.0, 50.0))
         results.add(line("full halves", seed, 60.0, 90.0))
         results.add(line("full halves", seed, 80.0, 90.0, lr=0.03))  # not the setting that was tuned
+        results.add(line("full halves", seed, 80.0, 90.0, teacher=(0.1, 0.06)))  # another pre-trained model
     results.add(line("full halves", 0, 99.0, 90.0))  # a seed of the study
-    assert accuracy.setting_of_full(results, {"full": at, "full halves": at}) == "full"
+    assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at}) == "full"
     assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at | {"lr": 0.03}}) == "full halves"
 
 
