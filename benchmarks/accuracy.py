@@ -211,11 +211,18 @@ def as_tuned(task: Task, name: str, seed: int, tuned: dict[str, Any]) -> Run:
     return Run(task, name, seed, at["lr"], at["weight_decay"], at["own"], (ce["lr"], ce["weight_decay"]))
 
 
+def dropped_in(tuned: dict[str, Any]) -> dict[str, Any]:
+    """The full method in cross-entropy's place, at cross-entropy's learning rate and weight decay."""
+    return tuned | {"full": tuned["ce"]}
+
+
 def study(
     task: Task, names: list[str], seeds: int, tuned: dict[str, Any], results: Results, jobs: int, console: Console
 ) -> None:
     runs = [as_tuned(task, name, seed, tuned) for seed in range(seeds) for name in names]
-    run_all(runs, results, jobs, console, task.name)
+    if "full" in names:
+        runs += [as_tuned(task, "full", seed, dropped_in(tuned)) for seed in range(seeds)]
+    run_all(list({r.key(): r for r in runs}.values()), results, jobs, console, task.name)
 
 
 def of_study(results: Results, tuned: dict[str, Any]) -> Found:
@@ -247,7 +254,10 @@ def studied(every: dict[str, Any], folder: Path) -> dict[Task, Found]:
         results = Results(task, folder)
         of_task = of_study(results, tuned)
         if len(of_task.get("ce", {})) > 1:
-            found[task] = of_task | {"full tuned": of_task[setting_of_full(results, tuned)]}
+            found[task] = of_task
+            if "full" in of_task:
+                of_task["drop-in"] = of_study(results, dropped_in(tuned))["full"]
+                of_task["full tuned"] = of_task[setting_of_full(results, tuned)]
     return found
 
 

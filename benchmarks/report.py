@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import FULL, OURS, RIVALS
+from methods import FULL, METHODS, OTHERS, RIVALS
 from rich.table import Table
 from tasks import Task
 
@@ -22,7 +22,7 @@ Mean ± standard error over the seeds; differences to cross-entropy ("ce") are p
 training over cross-entropy's, where it was noted, without the pre-trained model's. How all of it was measured, and what it
 means: [accuracy](accuracy.md). Written by `python benchmarks/accuracy.py --table` from the lines in
 [`benchmarks/results/accuracy/`](../benchmarks/results/accuracy)."""
-SUMMARY = ("full", "full tuned", *FULL[1:])
+SUMMARY = ("drop-in", "full", "full tuned", *FULL[1:])
 DIGITS = {"accuracy": 2, "nll_scaled": 3}
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method, by seed
 
@@ -112,6 +112,24 @@ def summary(every: dict[Task, Found], columns: tuple[str, ...], cells: Callable[
     return "\n".join([first, "|---" * len(heads) + "|", *others])
 
 
+def at_a_glance(every: dict[Task, Found]) -> str:
+    """On how many tasks a method was better and worse than cross-entropy, by more than a standard error."""
+    rows = [
+        "| method | tasks | better | level | worse | lowest | median | highest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    others = [name for name in METHODS if name not in ("ce", *SUMMARY)]
+    for name in (*SUMMARY, *others):
+        gained = [gain(found, name, "ce", "accuracy") for found in every.values() if name in found]
+        if gained:
+            means = [mean for mean, _ in gained]
+            better, worse = sum(mean > error for mean, error in gained), sum(mean < -error for mean, error in gained)
+            counts = len(gained), better, len(gained) - better - worse, worse
+            range_ = (f"{value:+.2f}" for value in (min(means), statistics.median(means), max(means)))
+            rows.append(f"| {name} | " + " | ".join((*map(str, counts), *range_)) + " |")
+    return "\n".join(rows)
+
+
 def over_cross_entropy(every: dict[Task, Found]) -> str:
     """What is gained in accuracy, and how much of its own training labels cross-entropy got right."""
 
@@ -138,6 +156,7 @@ def gains(found: Found, other: str, key: str) -> list[str]:
 
 def whole_page(text: str, every: dict[Task, Found]) -> str:
     """The page with its tables written anew."""
+    text = between(text, "at a glance", at_a_glance(every))
     text = between(text, "over cross-entropy", over_cross_entropy(every))
     text = between(text, "over the best rival", over_best_rival(every, "accuracy"))
     return between(text, "over the best rival, scaled NLL", over_best_rival(every, "nll_scaled"))
@@ -192,7 +211,7 @@ def plot(task: Task, found: Found) -> Path | None:
         for axis, key, label in zip(axes, gains, labels, strict=False):
             for i, name in enumerate(names):
                 mean, error = gains[key][name]
-                color = "tab:blue" if name in OURS else "tab:gray"
+                color = "tab:gray" if name in OTHERS else "tab:blue"
                 axis.errorbar(mean, i, xerr=error, fmt="o", color=color, markersize=5, capsize=2)
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set(xlabel=f"{label}, minus cross-entropy's", yticks=range(len(names)))

@@ -231,12 +231,21 @@ def test_the_tables_of_the_page_name_the_best_rival_of_each_measure():
         "full halves": lines((50.0, 1.0), (64.0, 2.0)),
     }
     every = {TASK: found}
+    assert report.at_a_glance(
+        every | {accuracy.Task("mnist1d-200-0", "mlp"): {"ce": found["ce"], "full": found["ce"]}}
+    ) == (
+        "| method | tasks | better | level | worse | lowest | median | highest |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        "| full | 2 | 1 | 1 | 0 | +0.00 | +1.00 | +2.00 |\n"
+        "| full halves | 1 | 0 | 1 | 0 | +2.00 | +2.00 | +2.00 |\n"
+        "| mixup | 1 | 1 | 0 | 0 | +2.00 | +2.00 | +2.00 |"
+    )
     row = report.over_cross_entropy(every).splitlines()[-1]
-    assert row == "| mnist1d-200-20-mlp | 55.00 | 80 | +2.00 ± 1.00 | - | +2.00 ± 2.00 | - | - |"
+    assert row == "| mnist1d-200-20-mlp | 55.00 | 80 | - | +2.00 ± 1.00 | - | +2.00 ± 2.00 | - | - |"
     row = report.over_best_rival(every, "accuracy").splitlines()[-1]
-    assert row == "| mnist1d-200-20-mlp | mixup, 57.00 | +0.00 ± 1.00 | - | +0.00 ± 2.00 | - | - |"
+    assert row == "| mnist1d-200-20-mlp | mixup, 57.00 | - | +0.00 ± 1.00 | - | +0.00 ± 2.00 | - | - |"
     row = report.over_best_rival(every, "nll_scaled").splitlines()[-1]
-    assert row == "| mnist1d-200-20-mlp | ce, 1.500 | -0.500 ± 0.000 | - | +0.000 ± 0.000 | - | - |"
+    assert row == "| mnist1d-200-20-mlp | ce, 1.500 | - | -0.500 ± 0.000 | - | +0.000 ± 0.000 | - | - |"
 
 
 def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
@@ -261,6 +270,25 @@ def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
     results.add(line("full halves", 0, 99.0, 90.0))  # a seed of the study
     assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at}) == "full"
     assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at | {"lr": 0.03}}) == "full halves"
+
+
+def test_the_full_method_is_also_dropped_in_at_cross_entropys_setting():
+    tuned = {name: {"lr": lr, "weight_decay": 0.02, "own": None} for name, lr in (("ce", 0.1), ("full", 0.03))}
+    results, console = accuracy.Results(TASK, accuracy.FOLDER), Console(quiet=True)
+    of_tuning = [accuracy.as_tuned(TASK, "full", seed, tuned) for seed in accuracy.TUNING_SEEDS]
+    accuracy.run_all(of_tuning, results, 1, console, "")
+    accuracy.study(TASK, list(tuned), 2, tuned, results, 1, console)
+    found = accuracy.studied({TASK.name: tuned}, accuracy.FOLDER)[TASK]
+    for name, method, lr in (("ce", "ce", 0.1), ("full", "full", 0.03), ("drop-in", "full", 0.1)):
+        assert {(seed, line["method"], line["lr"]) for seed, line in found[name].items()} == {
+            (0, method, lr),
+            (1, method, lr),
+        }
+    again = accuracy.Results(TASK, accuracy.FOLDER)
+    accuracy.study(TASK, list(tuned), 2, tuned | {"full": tuned["ce"]}, again, 1, console)  # nothing new to run
+    assert again.done.keys() == results.done.keys()
+    without = accuracy.studied({TASK.name: {"ce": tuned["ce"]}}, accuracy.FOLDER)[TASK]
+    assert set(without) == {"ce"}
 
 
 def test_many_samples_are_seen_ten_times(monkeypatch):
