@@ -217,8 +217,11 @@ def plot(task: Task, found: Found) -> Path | None:
             axis.set(xlabel=f"{label}, minus cross-entropy's", yticks=range(len(names)))
         axes[0].set_yticklabels(names)
         axes[1].set_yticklabels([])
-        for name, lines in found.items():
-            curves = [line["discriminator_accuracy"] for line in lines.values() if "discriminator_accuracy" in line]
+        for name in [
+            name for name in METHODS if name in found
+        ]:  # "drop-in" and "full tuned" are some of these once more
+            lines = found[name].values()
+            curves = [line["discriminator_accuracy"] for line in lines if "discriminator_accuracy" in line]
             if curves:
                 axes[2].plot(torch.tensor(curves).mean(0), label=name)
         axes[2].set(xlabel="epoch", ylabel="discriminator right", ylim=(0.3, 1.0))
