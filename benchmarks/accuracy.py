@@ -179,7 +179,8 @@ def best(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tune(task: Task, names: list[str], results: Results, jobs: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Cross-entropy first: it gives the teacher. Then the grid, then the method's own setting at the grid's best."""
+    """Cross-entropy first: it gives the teacher. Then the grid, lower weight decays where its lowest is best, and the method's
+    own setting at the best of these."""
 
     def tried(settings: dict[str, list[tuple[float, float, float | None]]], teacher: Any) -> dict[str, Any]:
         """The lines of every method's settings."""
@@ -246,18 +247,23 @@ def setting_of_full(results: Results, tuned: dict[str, Any]) -> str:
     return max((name for name in FULL if name in tuned), key=validation)
 
 
+def with_columns(results: Results, tuned: dict[str, Any]) -> Found:
+    """Also the full method dropped in, and at the setting that was chosen, where these were run."""
+    found = of_study(results, tuned)
+    if "full" in found:
+        columns = of_study(results, dropped_in(tuned)).get("full"), found.get(setting_of_full(results, tuned))
+        found |= {name: lines for name, lines in zip(("drop-in", "full tuned"), columns, strict=True) if lines}
+    return found
+
+
 def studied(every: dict[str, Any], folder: Path) -> dict[Task, Found]:
     """What was run on the seeds of the study, of every task."""
     found = {}
     of_tasks = [(Task(*name.rsplit("-", 1)), tuned) for name, tuned in every.items()]
     for task, tuned in sorted(of_tasks, key=lambda pair: (pair[0].parts[:2], pair[0].net, pair[0].parts[2])):
-        results = Results(task, folder)
-        of_task = of_study(results, tuned)
+        of_task = with_columns(Results(task, folder), tuned)
         if len(of_task.get("ce", {})) > 1:
             found[task] = of_task
-            if "full" in of_task:
-                of_task["drop-in"] = of_study(results, dropped_in(tuned))["full"]
-                of_task["full tuned"] = of_task[setting_of_full(results, tuned)]
     return found
 
 
@@ -309,7 +315,7 @@ def main() -> None:
             settings.write_text(json.dumps(every, indent=1) + "\n")
         if not args.table:
             study(task, names, args.seeds, every[task.name], results, args.jobs, console)
-        console.print(table(task, of_study(results, every.get(task.name, {})), every.get(task.name, {})))
+        console.print(table(task, with_columns(results, every.get(task.name, {}))))
     if args.results == FOLDER:
         write_pages(every)
 

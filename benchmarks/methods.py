@@ -345,7 +345,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full halves T4": functools.partial(Full, settings=fixed(weights=HALVES, temperature=4.0)),
     "full trusted": Trusted,
 }  # type: ignore[assignment]
-OTHERS = tuple(list(METHODS)[: list(METHODS).index("deterministic")])  # not of this library
+NOT_OURS = tuple(list(METHODS)[: list(METHODS).index("deterministic")])
 FULL = ("full", "full halves", "full handing over", "full halves T4")  # its settings
 RIVALS = tuple(
     list(METHODS)[: list(METHODS).index("adversarial")]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import FULL, METHODS, OTHERS, RIVALS
+from methods import FULL, METHODS, NOT_OURS, RIVALS
 from rich.table import Table
 from tasks import Task
 
@@ -31,7 +31,7 @@ def mean_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def table(task: Task, found: Found, tuned: dict[str, Any]) -> Table:
+def table(task: Task, found: Found) -> Table:
     shown = Table(
         title=f"{task.name}: {len(found.get('ce', {}))} seeds, mean ± standard error; differences to ce, paired"
     )
@@ -42,42 +42,47 @@ def table(task: Task, found: Found, tuned: dict[str, Any]) -> Table:
     ]  # fmt: skip
     for column in ("method", "lr", "wd", "own", *(c[0] for c in columns), "d accuracy", "d NLL, scaled"):
         shown.add_column(column, justify="left" if column == "method" else "right")
-    for name, lines in sorted(
-        found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0]
-    ):
+    for name, lines in by_accuracy(found):
         cells = []
         for _, key, form in columns:
             mean, error = mean_error([r[key] for r in lines.values()])
             cells.append(f"{form(mean)} ± {form(error)}" if key == "accuracy" else form(mean))
         for key, form in (("accuracy", "{:+.2f} ± {:.2f}"), ("nll_scaled", "{:+.3f} ± {:.3f}")):
             cells.append(form.format(*gain(found, name, "ce", key)) if found.get("ce") else "-")
-        setting = tuned[name]
+        setting = next(iter(lines.values()))
         shown.add_row(name, f"{setting['lr']:g}", f"{setting['weight_decay']:g}", str(setting["own"] or ""), *cells)
     return shown
 
 
+def by_accuracy(found: Found) -> list[tuple[str, dict[int, dict[str, Any]]]]:
+    return sorted(found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0])
+
+
+def in_markdown(heads: Sequence[str], rows: list[list[str]]) -> str:
+    first, *others = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
+
+
 def markdown(found: Found) -> str:
-    rows = [
-        "| method | accuracy, % | minus ce | NLL, scaled | minus ce | ECE, % | scaled | Brier | AURC | time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "method", "accuracy, %", "minus ce", "NLL, scaled", "minus ce", "ECE, %", "scaled", "Brier", "AURC", "time",
+    )  # fmt: skip
+    rows = []
 
     def shown(name: str, key: str, form: str) -> tuple[str, str]:
         mean, error = mean_error([line[key] for line in found[name].values()])
         own = f"{mean:{form}} ± {error:{form}}"
         return own, "" if name == "ce" else "{:+{form}} ± {:{form}}".format(*gain(found, name, "ce", key), form=form)
 
-    for name, lines in sorted(
-        found.items(), key=lambda item: -mean_error([r["accuracy"] for r in item[1].values()])[0]
-    ):
+    for name, lines in by_accuracy(found):
         others = [
             mean_error([line[key] for line in lines.values()])[0] for key in ("ece", "ece_scaled", "brier", "aurc")
         ]
         cells = [*shown(name, "accuracy", ".2f"), *shown(name, "nll_scaled", ".3f")]
         cells += [f"{others[0]:.1f}", f"{others[1]:.1f}", f"{others[2]:.3f}", f"{others[3]:.4f}"]
         cells.append(cost(found, name))
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([name, *cells])
+    return in_markdown(heads, rows)
 
 
 def gain(found: Found, name: str, other: str, key: str) -> tuple[float, float]:
@@ -106,28 +111,21 @@ def best_rival(found: Found, key: str) -> str:
 
 def summary(every: dict[Task, Found], columns: tuple[str, ...], cells: Callable[[Found], list[str]]) -> str:
     """A row a task."""
-    heads = ("task", *columns, *SUMMARY)
-    rows = [list(heads), *([task.name, *cells(found)] for task, found in every.items())]
-    first, *others = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([first, "|---" * len(heads) + "|", *others])
+    return in_markdown(("task", *columns, *SUMMARY), [[task.name, *cells(found)] for task, found in every.items()])
 
 
 def at_a_glance(every: dict[Task, Found]) -> str:
     """On how many tasks a method was better and worse than cross-entropy, by more than a standard error."""
-    rows = [
-        "| method | tasks | better | level | worse | lowest | median | highest |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    others = [name for name in METHODS if name not in ("ce", *SUMMARY)]
-    for name in (*SUMMARY, *others):
+    rows = []
+    for name in (*SUMMARY, *(name for name in METHODS if name not in ("ce", *SUMMARY))):
         gained = [gain(found, name, "ce", "accuracy") for found in every.values() if name in found]
         if gained:
             means = [mean for mean, _ in gained]
             better, worse = sum(mean > error for mean, error in gained), sum(mean < -error for mean, error in gained)
             counts = len(gained), better, len(gained) - better - worse, worse
             range_ = (f"{value:+.2f}" for value in (min(means), statistics.median(means), max(means)))
-            rows.append(f"| {name} | " + " | ".join((*map(str, counts), *range_)) + " |")
-    return "\n".join(rows)
+            rows.append([name, *map(str, counts), *range_])
+    return in_markdown(("method", "tasks", "better", "level", "worse", "lowest", "median", "highest"), rows)
 
 
 def over_cross_entropy(every: dict[Task, Found]) -> str:
@@ -211,15 +209,14 @@ def plot(task: Task, found: Found) -> Path | None:
         for axis, key, label in zip(axes, gains, labels, strict=False):
             for i, name in enumerate(names):
                 mean, error = gains[key][name]
-                color = "tab:gray" if name in OTHERS else "tab:blue"
+                color = "tab:gray" if name in NOT_OURS else "tab:blue"
                 axis.errorbar(mean, i, xerr=error, fmt="o", color=color, markersize=5, capsize=2)
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set(xlabel=f"{label}, minus cross-entropy's", yticks=range(len(names)))
         axes[0].set_yticklabels(names)
         axes[1].set_yticklabels([])
-        for name in [
-            name for name in METHODS if name in found
-        ]:  # "drop-in" and "full tuned" are some of these once more
+        # "drop-in" and "full tuned" would show runs of these once more
+        for name in (name for name in METHODS if name in found):
             lines = found[name].values()
             curves = [line["discriminator_accuracy"] for line in lines if "discriminator_accuracy" in line]
             if curves:

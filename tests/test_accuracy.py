@@ -110,7 +110,7 @@ def test_a_study_goes_on_where_it_was_stopped(monkeypatch):
     lines = results.path.read_text().splitlines()
     found = accuracy.of_study(results, tuned)
     assert {name: sorted(by_seed) for name, by_seed in found.items()} == {name: [0, 1] for name in names}
-    assert report.table(TASK, found, tuned).row_count == 2
+    assert report.table(TASK, found).row_count == 2
     assert report.plot(TASK, found).read_text().count("label smoothing") == 1
     results.path.write_text("\n".join(lines[:-3]) + "\n")  # stopped three runs earlier
     again = accuracy.Results(TASK, accuracy.FOLDER)
@@ -161,11 +161,13 @@ def test_the_best_setting_is_that_of_the_best_mean():
 def test_lower_weight_decays_are_tried_while_the_lowest_is_best(monkeypatch):
     """Fake runs: cross-entropy is best at 0.02, label smoothing the better the lower, mixup at 0.002."""
     likes = {"ce": 0.02, "label smoothing": 0.0, "mixup": 0.002}
-    tried: dict[str, set[float]] = {name: set() for name in likes}
+    tried: dict[str, set[tuple[float, float]]] = {name: set() for name in likes}
+    own, teachers = set(), set()
 
     def fake(runs, *_):
         for r in runs:
-            tried[r.method].add(r.weight_decay)
+            (own if r.own else tried[r.method]).add((r.lr, r.weight_decay))
+            teachers.add((r.method == "ce", r.teacher))
         return [vars(r) | {"validation": 50 - abs(r.weight_decay - likes[r.method])} for r in runs]
 
     monkeypatch.setattr(accuracy, "run_all", fake)
@@ -175,8 +177,12 @@ def test_lower_weight_decays_are_tried_while_the_lowest_is_best(monkeypatch):
         "label smoothing": 0.0005,
         "mixup": 0.002,
     }
-    grid = {0.005, 0.02, 0.06}
-    assert tried == {"ce": grid, "label smoothing": grid | {0.002, 0.0005}, "mixup": grid | {0.002, 0.0005}}
+    assert all(tuned[name]["lr"] == 0.03 for name in likes)  # as good as 0.1, and the first
+    grid = {(lr, decay) for lr in (0.03, 0.1) for decay in (0.005, 0.02, 0.06)}
+    lower = {(lr, decay) for lr in (0.03, 0.1) for decay in (0.002, 0.0005)}
+    assert tried == {"ce": grid, "label smoothing": grid | lower, "mixup": grid | lower}
+    assert own == {(0.03, 0.0005), (0.03, 0.002)}  # the setting that is a method's own, at the best of these
+    assert teachers == {(True, None), (False, (0.03, 0.02))}
 
 
 def test_a_run_is_another_one_with_another_pretrained_model_only_if_it_has_one():
@@ -284,11 +290,14 @@ def test_the_full_method_is_also_dropped_in_at_cross_entropys_setting():
             (0, method, lr),
             (1, method, lr),
         }
-    again = accuracy.Results(TASK, accuracy.FOLDER)
-    accuracy.study(TASK, list(tuned), 2, tuned | {"full": tuned["ce"]}, again, 1, console)  # nothing new to run
-    assert again.done.keys() == results.done.keys()
+    same = accuracy.Results(TASK, accuracy.FOLDER / "same")
+    accuracy.study(TASK, list(tuned), 2, tuned | {"full": tuned["ce"]}, same, 1, console)
+    assert [line["method"] for line in same.lines if line["seed"] == 0] == ["ce", "full"]  # and not twice
     without = accuracy.studied({TASK.name: {"ce": tuned["ce"]}}, accuracy.FOLDER)[TASK]
     assert set(without) == {"ce"}
+    results.path.write_text("".join(f"{json.dumps(line)}\n" for line in results.lines if line["lr"] == 0.03))
+    stopped = accuracy.with_columns(accuracy.Results(TASK, accuracy.FOLDER), tuned)
+    assert set(stopped) == {"full", "full tuned"}  # before any was dropped in
 
 
 def test_many_samples_are_seen_ten_times(monkeypatch):
