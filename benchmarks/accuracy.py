@@ -237,22 +237,27 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
     return found
 
 
-def setting_of_full(results: Results, tuned: dict[str, Any]) -> str:
-    """The one of the full method's settings that the validation samples choose, as they choose a rival's own setting."""
+def setting_of_full(results: Results, tuned: dict[str, Any]) -> str | None:
+    """The one of the full method's settings that the validation samples choose, as they choose a rival's own setting; None in
+    a folder where the study is repeated and nothing was tuned."""
 
     def validation(name: str) -> float:
         runs = [as_tuned(results.task, name, seed, tuned) for seed in TUNING_SEEDS]
         return statistics.fmean(results.done[r.key()]["validation"] for r in runs)
 
-    return max((name for name in FULL if name in tuned), key=validation)
+    tuned_here = any(line["seed"] in TUNING_SEEDS for line in results.done.values())
+    return max((name for name in FULL if name in tuned), key=validation) if tuned_here else None
 
 
 def with_columns(results: Results, tuned: dict[str, Any]) -> Found:
     """Also the full method dropped in, and at the setting that was chosen, where these were run."""
     found = of_study(results, tuned)
     if "full" in found:
-        columns = of_study(results, dropped_in(tuned)).get("full"), found.get(setting_of_full(results, tuned))
-        found |= {name: lines for name, lines in zip(("drop-in", "full tuned"), columns, strict=True) if lines}
+        columns = {
+            "drop-in": of_study(results, dropped_in(tuned)).get("full"),
+            "full tuned": found.get(setting_of_full(results, tuned) or ""),
+        }
+        found |= {name: lines for name, lines in columns.items() if lines}
     return found
 
 

@@ -293,6 +293,8 @@ def test_the_full_method_is_also_dropped_in_at_cross_entropys_setting():
     same = accuracy.Results(TASK, accuracy.FOLDER / "same")
     accuracy.study(TASK, list(tuned), 2, tuned | {"full": tuned["ce"]}, same, 1, console)
     assert [line["method"] for line in same.lines if line["seed"] == 0] == ["ce", "full"]  # and not twice
+    repeated = accuracy.with_columns(same, tuned | {"full": tuned["ce"]})
+    assert set(repeated) == {"ce", "full", "drop-in"}  # where nothing was tuned, no setting was chosen
     without = accuracy.studied({TASK.name: {"ce": tuned["ce"]}}, accuracy.FOLDER)[TASK]
     assert set(without) == {"ce"}
     results.path.write_text("".join(f"{json.dumps(line)}\n" for line in results.lines if line["lr"] == 0.03))
