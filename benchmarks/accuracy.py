@@ -34,7 +34,7 @@ import tasks
 import torch
 from cifar_train import learning_rate
 from machine import RESULTS, machine
-from methods import FULL, METHODS, VARIANTS, Method
+from methods import EVERY, FULL, METHODS, Method
 from report import Found, plot, table, tables, whole_page
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,7 +104,7 @@ class Run:
 
     def key(self) -> str:
         """Two runs with the same key are the same run: to a method that needs no pre-trained model it does not matter which."""
-        needed = (METHODS | VARIANTS)[self.method]().needs_teacher
+        needed = EVERY[self.method]().needs_teacher
         teacher = self.teacher if needed else self.teacher is not None
         return json.dumps([self.method, self.seed, self.lr, self.weight_decay, self.own, teacher])
 
@@ -112,7 +112,7 @@ class Run:
 def run(r: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = draw(r.task, r.seed)
-    method = (METHODS | VARIANTS)[r.method](**({} if r.own is None else {"own": r.own}))
+    method = EVERY[r.method](**({} if r.own is None else {"own": r.own}))
     if method.needs_teacher:
         assert r.teacher is not None
         teacher = network(r.task, 0)
@@ -214,7 +214,7 @@ def as_tuned(task: Task, name: str, seed: int, tuned: dict[str, Any]) -> Run:
 
 def dropped_in(tuned: dict[str, Any]) -> dict[str, Any]:
     """The full method in cross-entropy's place, at cross-entropy's learning rate and weight decay."""
-    return tuned | {"full": tuned["ce"]}
+    return dict.fromkeys(("ce", "full"), tuned["ce"])
 
 
 def study(
@@ -239,14 +239,13 @@ def of_study(results: Results, tuned: dict[str, Any]) -> Found:
 
 def setting_of_full(results: Results, tuned: dict[str, Any]) -> str | None:
     """The one of the full method's settings that the validation samples choose, as they choose a rival's own setting; None in
-    a folder where the study is repeated and nothing was tuned."""
-
-    def validation(name: str) -> float:
-        runs = [as_tuned(results.task, name, seed, tuned) for seed in TUNING_SEEDS]
-        return statistics.fmean(results.done[r.key()]["validation"] for r in runs)
-
-    tuned_here = any(line["seed"] in TUNING_SEEDS for line in results.done.values())
-    return max((name for name in FULL if name in tuned), key=validation) if tuned_here else None
+    a folder where the study is repeated at settings that were tuned elsewhere."""
+    validation = {}
+    for name in (name for name in FULL if name in tuned):
+        keys = [as_tuned(results.task, name, seed, tuned).key() for seed in TUNING_SEEDS]
+        if all(key in results.done for key in keys):
+            validation[name] = statistics.fmean(results.done[key]["validation"] for key in keys)
+    return max(validation, key=lambda name: validation[name], default=None)
 
 
 def with_columns(results: Results, tuned: dict[str, Any]) -> Found:

@@ -382,3 +382,4 @@ VARIANTS = {
     for setting, values in VARIED.items()
     for value, settings in values.items()
 }
+EVERY = METHODS | VARIANTS

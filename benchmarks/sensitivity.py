@@ -15,7 +15,7 @@ from pathlib import Path
 
 import report
 import tasks
-from accuracy import FOLDER, Results, Run, run_all
+from accuracy import FOLDER, Results, Run, as_tuned, run_all
 from methods import VARIED
 from report import mean_error, picture
 from rich.console import Console
@@ -23,9 +23,7 @@ from tasks import Task
 
 
 def runs_of(task: Task, method: str, seeds: int, tuned: dict[str, dict[str, float]]) -> list[Run]:
-    teacher = tuned["ce"]["lr"], tuned["ce"]["weight_decay"]
-    at = tuned["full"]["lr"], tuned["full"]["weight_decay"]
-    return [Run(task, method, seed, *at, None, teacher) for seed in range(seeds)]
+    return [as_tuned(task, method, seed, tuned | {method: tuned["full"]}) for seed in range(seeds)]
 
 
 def plot(task: Task, results: Results, seeds: int, tuned: dict[str, dict[str, float]]) -> Path:

@@ -138,7 +138,7 @@ def test_a_varied_setting_is_the_only_difference(monkeypatch):
 
 
 def test_sensitivity_is_drawn_from_the_runs(monkeypatch):
-    tuned = {"ce": dict(lr=0.1, weight_decay=1e-3), "full": dict(lr=0.1, weight_decay=1e-3)}
+    tuned = {name: dict(lr=0.1, weight_decay=1e-3, own=None) for name in ("ce", "full")}
     accuracy.FOLDER.mkdir()
     (accuracy.FOLDER / "tuned.json").write_text(json.dumps({TASK.name: tuned}))
     monkeypatch.setattr(sensitivity, "FOLDER", accuracy.FOLDER)
@@ -276,6 +276,9 @@ def test_the_setting_of_the_full_method_is_chosen_by_validation_samples():
     results.add(line("full halves", 0, 99.0, 90.0))  # a seed of the study
     assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at}) == "full"
     assert accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves": at | {"lr": 0.03}}) == "full halves"
+    assert (
+        accuracy.setting_of_full(results, {"ce": at, "full": at, "full halves T4": at}) == "full"
+    )  # T4: tuned elsewhere
 
 
 def test_the_full_method_is_also_dropped_in_at_cross_entropys_setting():
