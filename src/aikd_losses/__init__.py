@@ -8,7 +8,7 @@ from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, ZeroCenteredPenalty
 from .progressive import ProgressiveKD
-from .schedules import LabelWeight, LinearRamp
+from .schedules import LinearRamp
 from .setup_report import check_setup
 from .stack import LossStack
 from .targets import CachedTargets, EMATargets, TargetStore
@@ -26,7 +26,6 @@ __all__ = [
     "FrozenTeacher",
     "GradientPenalty",
     "IndexedDataset",
-    "LabelWeight",
     "LinearRamp",
     "LossStack",
     "MLPDiscriminator",

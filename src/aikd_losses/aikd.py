@@ -15,7 +15,7 @@ from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
 from .progressive import ProgressiveKD
-from .schedules import LabelWeight, LinearRamp, Schedule
+from .schedules import LinearRamp, Schedule
 from .stack import LossStack, check_names
 from .targets import CachedTargets, TargetStore
 
@@ -36,14 +36,10 @@ class AIKDLoss(LossStack):
         num_classes: C, at least 2.
         num_epochs: how many epochs `alpha` takes to ramp up.
         temperature: T of the deterministic term (default 2).
-        alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha; below 1 unless `weights` has
-            "progressive".
-        weights: any of the three weights, numbers or callables from the epoch, instead of w_p = `LabelWeight(0.5, alpha)`,
-            which is 0.5 / (1 - a), w_d = 0.5 and w_a = 1. So the labels and the pre-trained model share the weight of the
-            cross-entropy they replace, the learning rate keeps its meaning, and one's own predictions come beside them (so
-            that the total grows with alpha: compare the terms' values from epoch to epoch). With many wrong labels a constant
-            weight can win more, or lose: `weights={"progressive": 0.5}`, under which labels count for less as alpha grows; or
-            a pre-trained model that hands over to one's own predictions, `weights={"progressive": LinearRamp(1.0, num_epochs,
+        alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
+        weights: any of the three weights, numbers or callables from the epoch, instead of w_p = w_d = 0.5 and w_a = 1. The
+            first two sum to 1, the weight of the cross-entropy that they replace, so that a learning rate keeps its meaning.
+            A pre-trained model that hands over to one's own predictions: `weights={"progressive": LinearRamp(1.0, num_epochs,
             start=0.5), "deterministic": LinearRamp(0.0, num_epochs, start=0.5)}`.
         targets: the store (default `CachedTargets(num_samples, num_classes)`, float16).
         discriminator: default `MLPDiscriminator(num_classes)`; it sees softmax probabilities at T = 1.
@@ -123,12 +119,7 @@ class AIKDLoss(LossStack):
                 process_group=process_group,
             ),
         }
-        weights = dict(weights or {})
-        if "progressive" not in weights:
-            beside = weights["progressive"] = LabelWeight(0.5, alpha)
-            for epoch in (num_epochs - 1, num_epochs):  # an alpha that grows to 1 is refused now, not when it is there
-                beside(epoch)
-        super().__init__(terms, weights={"deterministic": 0.5, "adversarial": 1.0, **weights})
+        super().__init__(terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})})
 
     def forward(  # type: ignore[override]  # the tensors of the three terms, spelled out for editors
         self,

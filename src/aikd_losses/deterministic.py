@@ -27,7 +27,7 @@ class DeterministicKD(nn.Module):
     of the centred logits, over 2C.
 
     Args:
-        temperature: T > 0 (default 4).
+        temperature: T > 0 (default 2).
         divergence: one of the above (default `"forward_kl"`).
         beta: the teacher's share in `"js"`, inside (0, 1) (default 0.5); not used by the others.
         reduction: `"mean"` over the samples (over unmasked positions), `"sum"`, or `"none"`: a value a position. The
@@ -57,7 +57,7 @@ class DeterministicKD(nn.Module):
     def __init__(
         self,
         *,
-        temperature: float = 4.0,
+        temperature: float = 2.0,
         divergence: str = "forward_kl",
         beta: float = 0.5,
         reduction: str = "mean",

@@ -29,7 +29,7 @@ def deterministic_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float = 2.0,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
@@ -121,7 +121,7 @@ def linear_deterministic_kd(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 4.0,
+    temperature: float = 2.0,
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -133,7 +133,7 @@ def linear_deterministic_kd(
     Args:
         student_hidden, teacher_hidden: `(*, D_s)` and `(*, D_t)`, of the same positions.
         student_weight, teacher_weight: `(C, D_s)` and `(C, D_t)`, as in `nn.Linear`; the biases are `(C,)`.
-        temperature: T > 0 (default 4).
+        temperature: T > 0 (default 2).
         mask: bool `(*,)`, True = counts.
         reduction: `"mean"` (default) or `"sum"` over the positions that count.
 

@@ -48,46 +48,6 @@ class LinearRamp:
         return self.start + (self.end - self.start) * (epoch + 1) / self.num_epochs
 
 
-@dataclass(frozen=True)
-class LabelWeight:
-    r"""The weight of a progressive term whose labels keep a weight of their own, whatever alpha takes from them.
-
-    $$\text{epoch} \mapsto \frac{w}{1 - a(\text{epoch})}$$
-
-    The term blends labels and previous predictions, $(1-a)\,\mathrm{CE}(s, y) + a\,\mathrm{CE}(s, r)$. At a constant weight
-    the labels count for less as alpha grows, which trains like a falling learning rate with a growing weight decay. With this
-    weight the term is $w\,[\mathrm{CE}(s, y) + \frac{a}{1-a}\,\mathrm{CE}(s, r)]$: the predictions come beside the labels.
-    In epoch 0 no prediction is known, the blend is the label alone, and the weight is w.
-
-    Args:
-        weight: w, of the labels; finite and not negative.
-        alpha: the progressive term's own: a number or a callable from the epoch.
-
-    Raises: ValueError in an epoch above 0 where alpha is 1, which leaves the labels nothing.
-
-    >>> weight = LabelWeight(0.5, alpha=LinearRamp(0.8, num_epochs=2))
-    >>> [round(weight(epoch), 3) for epoch in (0, 1)]
-    [0.5, 2.5]
-    """
-
-    weight: float
-    alpha: Schedule
-
-    def __post_init__(self) -> None:
-        _checks.number("weight", self.weight, 0.0, math.inf)
-        check("alpha", self.alpha, 1.0)
-
-    def __call__(self, epoch: int) -> float:
-        _checks.integer("epoch", epoch, 0)
-        alpha = evaluate("alpha", self.alpha, epoch, 1.0) if epoch > 0 else 0.0
-        if alpha == 1.0:
-            raise ValueError(
-                f"`LabelWeight` needs an alpha below 1; it is 1 in epoch {epoch}. Without labels, give the progressive term a "
-                "weight of its own (of AIKDLoss: `weights={'progressive': 1.0}`)."
-            )
-        return self.weight / (1.0 - alpha)
-
-
 def shown(schedule: Schedule, now: Tensor) -> str:
     """For a `repr`: the value of this epoch and, where it changes, by what."""
     return f"{value(now)} by {called(schedule)}" if callable(schedule) else value(now)

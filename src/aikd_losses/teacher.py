@@ -26,11 +26,10 @@ class FrozenTeacher(Carrier):
         model: the pre-trained `nn.Module`; for one in a wrapper (DDP), its `.module`.
         copy: True (default): a deep copy is frozen and `model` is left alone. False: `model` itself is frozen, which
             saves the memory and switches the caller's model to eval mode without gradients.
-        save: False (default): the weights are not in `state_dict()`, as they have a checkpoint of their own. True: they are.
 
     Shape: whatever the model takes and returns.
 
-    State: none, or the model's with `save=True`.
+    State: none: the weights have a checkpoint of their own.
 
     Raises: `TypeError` for a model that is no `nn.Module`, or is a wrapper.
 
@@ -43,7 +42,7 @@ class FrozenTeacher(Carrier):
     _carried: ClassVar[tuple[str, ...]] = ("model",)
     model: nn.Module
 
-    def __init__(self, model: nn.Module, *, copy: bool = True, save: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, copy: bool = True) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             got = f"a {type(model).__name__}; load it into a model" if isinstance(model, Mapping) else f"{model!r}"
@@ -53,7 +52,6 @@ class FrozenTeacher(Carrier):
         self.model = copying.deepcopy(model) if _checks.boolean("copy", copy) else model
         self.model.requires_grad_(False)
         self.model.eval()
-        self._saved = ("model",) if _checks.boolean("save", save) else ()
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode of this module, not of the model in it."""
@@ -73,5 +71,5 @@ class FrozenTeacher(Carrier):
         devices = ", ".join(sorted({str(p.device) for p in parameters}))
         return (
             f"{type(self.model).__name__}, {sum(p.numel() for p in parameters):,} parameters"
-            f"{f' on {devices}' if devices else ''}, save={bool(self._saved)}"
+            f"{f' on {devices}' if devices else ''}"
         )
