@@ -16,6 +16,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
 
 def number(
@@ -71,6 +72,18 @@ def reduction(value: object) -> str:
             "the mean over samples (over positions, where there are several a sample)."
         )
     return choice("reduction", value, REDUCTIONS)
+
+
+def divergence(value: object, beta: object) -> float:
+    """The name of a divergence, and the beta of "js"."""
+    choice("divergence", value, DIVERGENCES)
+    x = number("beta", beta, 0.0, 1.0)
+    if value == "js" and x in (0.0, 1.0):
+        raise ValueError(
+            f"`beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {x:g}. For the "
+            "limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
+        )
+    return x
 
 
 def temperature(value: object) -> float:
@@ -231,17 +244,17 @@ def alpha(value: object, student_logits: Tensor, axis: int) -> None:
     share("alpha", value)
 
 
-def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> None:
-    """A number in 0..1, or a tensor of them: one in all, or one a sample, where the `rows` are."""
+def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> float | Tensor:
+    """A number in 0..1, or a tensor of them: one in all, or one a sample; as it multiplies the `rows`."""
     if not isinstance(value, Tensor):
-        number("mix_lambda", value, 0.0, 1.0)
-        return
+        return number("mix_lambda", value, 0.0, 1.0)
     x = _tensor("mix_lambda", value)
     if tuple(x.shape) not in ((), shape):
         raise ValueError(f"`mix_lambda` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
     _floating("mix_lambda", x)
     has_values("mix_lambda", x, rows.device)
     share("mix_lambda", x)
+    return x.to(rows).reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def share(name: str, x: Tensor) -> None:
@@ -311,10 +324,13 @@ def sample_index(
 def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: str, hint: str) -> None:
     if not values_are_free(x) or not (counts is None or values_are_free(counts)):
         return
-    checked = x if counts is None else x[counts]
-    if checked.numel() == 0:
+    try:
+        checked = x if counts is None else x[counts]
+        if checked.numel() == 0:
+            return
+        low, high = (int(bound) for bound in checked.aminmax())
+    except RuntimeError:  # under torch.func.vmap nobody may look
         return
-    low, high = (int(bound) for bound in checked.aminmax())
     if low < 0 or high >= size:
         raise IndexError(
             f"`{name}` must be in 0..{size - 1} (the {of_what} is {size}); got values in {low}..{high} ({hint})."

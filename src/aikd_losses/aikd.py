@@ -119,7 +119,9 @@ class AIKDLoss(LossStack):
                 process_group=process_group,
             ),
         }
-        super().__init__(terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})})
+        super().__init__(
+            terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
+        )
 
     def forward(  # type: ignore[override]  # the tensors of the three terms, spelled out for editors
         self,

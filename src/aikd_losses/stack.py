@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _soft_targets, schedules
+from . import _checks, schedules
 from ._carrier import Carrier
-from ._soft_targets import Term
-from .deterministic import DeterministicKD
 from .progressive import ProgressiveKD
 from .schedules import Schedule
 
 STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
-_NO_SCALAR = "Term {!r} must give a scalar tensor (reduction='mean' or 'sum'); got {}."
 NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
 
 
@@ -94,8 +91,8 @@ class LossStack(Carrier):
     `teacher_logits`, `target`, `index` and `mask` always; None counts as not given, except for `index`. `ProgressiveKD`
     needs a `target` here, unless `inputs` withholds it.
 
-    State: the epoch (int64) and the terms' own; weights follow from the epoch. `update` changes all terms or, when one of
-    ours refuses its tensors, none.
+    State: the epoch (int64) and the terms' own; weights follow from the epoch. `update` asks the terms one after the other: where
+    one refuses its tensors, those before it have taken theirs.
 
     Raises: `TypeError` for what is no term (functions, stacks, forwards with `*args` or `**kwargs`, torch losses that do not
     take logits), and for a tensor that is missing or that nobody uses; `ValueError` for the rest.
@@ -192,47 +189,18 @@ class LossStack(Carrier):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
-        every = dict(self.terms.items())
-        merged = self._merged(picked)
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
-        if merged:
-            weights = self._weights.tolist() if self._weights.is_cpu else self._weights
-            shares = [weights[i] for i, name in enumerate(every) if name in merged]
-            total, found = _soft_targets.evaluate(list(merged.values()), shares)
-            of_soft = _soft_targets.as_tensors(found, total.dtype) if found else [total.detach()]
-            values = dict(zip(merged, of_soft, strict=True))
-        for i, (name, term) in enumerate(every.items()):
-            if name in merged:
-                continue
+        for weight, (name, term) in zip(self._weights.unbind(), self.terms.items(), strict=True):
             value = term(**picked[name])
             if not isinstance(value, Tensor) or value.ndim:
-                raise ValueError(
-                    _NO_SCALAR.format(name, tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__)
-                )
-            weighted = self._weights[i].to(value.dtype) * value
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {found}.")
+            weighted = torch.where(weight == 0, 0.0, weight.to(value.dtype) * value)  # also of a value that is infinite
             total = weighted if total is None else total + weighted
             values[name] = value.detach()
         assert total is not None  # a stack has a term
-        return total, {name: values[name] for name in every}
-
-    def _merged(self, picked: Mapping[str, dict[str, Any]]) -> dict[str, Term]:
-        """The terms that are soft targets for the same logits and mask, to be worked out in one pass."""
-        merged: dict[str, Term] = {}
-        if not _soft_targets.usable():
-            return merged
-        same: tuple[Any, ...] | None = None  # logits, mask, class axis and type of those that are merged
-        for name, term in self.terms.items():
-            if type(term) not in (DeterministicKD, ProgressiveKD) or term.reduction == "none" or _hooked(term):
-                continue
-            given = picked[name]
-            student, mask, axis = given["student_logits"], given.get("mask"), term.class_dim
-            if same is not None and not (student is same[0] and mask is same[1] and axis == same[2]):
-                continue
-            soft: Term | None = term._soft_term(**given)  # type: ignore[operator]
-            if soft is not None and (same is None or soft.student.dtype == same[3]):
-                same, merged[name] = (student, mask, axis, soft.student.dtype), soft
-        return merged
+        return total, values
 
     if TYPE_CHECKING:
 
@@ -241,14 +209,8 @@ class LossStack(Carrier):
     def update(self, **tensors: Any) -> None:
         """Hand the tensors on to the terms that have an `update`; takes the same ones as the call."""
         self._refuse_unknown(tensors)
-        picked = {name: call.pick(tensors) for name, call in self._calls["update"].items()}
-        steps = []
-        for name, arguments in picked.items():  # all are checked before any is taken
-            term: Any = self.terms[name]
-            plan = getattr(term, "_planned_update", None)
-            steps.append((term.update, arguments) if plan is None else (plan(**arguments), {}))
-        for step, arguments in steps:
-            step(**arguments)
+        for name, call in self._calls["update"].items():
+            cast(Any, self.terms[name]).update(**call.pick(tensors))
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the terms have to say of themselves, `{"adversarial/accuracy": ...}`, to be logged beside their values."""
@@ -308,11 +270,6 @@ class LossStack(Carrier):
 
 def _has(term: nn.Module, method: str) -> bool:
     return callable(getattr(term, method, None))
-
-
-def _hooked(term: nn.Module) -> bool:
-    hooks = term._forward_hooks or term._forward_pre_hooks or term._backward_hooks or term._backward_pre_hooks
-    return bool(hooks)
 
 
 def _check_term(name: object, term: object) -> None:

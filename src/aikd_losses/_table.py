@@ -1,0 +1,1 @@
+from .targets import _Table as Table  # noqa: F401
