@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
