@@ -118,7 +118,14 @@ def test_a_study_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
     assert lines("--tune") == tuned
 
 
-def test_the_search_takes_what_is_best_in_the_mean_and_names_what_is_at_an_edge(monkeypatch):
+def test_the_best_setting_is_that_of_the_best_mean():
+    def line(lr, validation):
+        return {"lr": lr, "weight_decay": 0.0, "own": None, "validation": validation}
+
+    assert accuracy.best([line(0.1, 90.0), line(0.1, 50.0), line(0.2, 75.0), line(0.2, 74.0)])["lr"] == 0.2
+
+
+def test_the_search_is_the_same_for_every_method_and_what_ends_at_an_edge_is_named(monkeypatch):
     """Fake runs: cross-entropy likes the middle of the grid, the others its ends."""
     rates, decays = accuracy.LEARNING_RATES, accuracy.WEIGHT_DECAYS
     likes = {"ce": (0.1, 6e-3), "label smoothing": (rates[-1], 2e-2), "mixup": (0.3, decays[0])}
@@ -162,7 +169,7 @@ def test_a_run_is_another_one_with_another_pretrained_model_only_if_it_has_one()
 def test_a_gain_is_paired_over_the_seeds_that_both_have():
     found = {
         "ce": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 9.0}},
-        "mixup": {0: {"accuracy": 51.0}, 1: {"accuracy": 63.0}},
+        "mixup": {0: {"accuracy": 51.0}, 1: {"accuracy": 63.0}, 3: {"accuracy": 99.0}},
     }
     gained = report.gains(found, "mixup", "accuracy")
     assert gained == [1.0, 3.0]
