@@ -61,6 +61,16 @@ def test_labels_are_as_wrong_as_the_task_says_and_the_true_ones_are_kept_apart()
     assert not (data.x.unsqueeze(1) == data.validation_x).all(-1).any()  # nothing is in both
 
 
+def test_images_are_read_by_the_examples_reader_and_scaled():
+    x, y, test_x, test_y = tasks.images("fashion-mnist-mini", None)
+    assert x.shape[1:] == test_x.shape[1:] == (1, 28, 28)
+    assert [len(x), len(test_x)] == [len(y), len(test_y)]
+    assert x.mean() == pytest.approx(0, abs=1e-3)
+    assert x.std() == pytest.approx(1, abs=1e-3)
+    with pytest.raises(SystemExit, match="--data-dir"):
+        tasks.images("fashion-mnist", None)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_says_how_it_did(name):
     def nll(own):
