@@ -17,6 +17,7 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
+WITHOUT_CLASSES = " without its class axis"
 
 
 def number(
@@ -29,13 +30,11 @@ def number(
         x = float(value)
     except OverflowError:  # of an integer that no float holds
         x = math.inf
-    low_ok = x > low if open_low else x >= low
-    high_ok = x < high if open_high else x <= high
-    if not (-math.inf < x < math.inf and low_ok and high_ok):  # torch.compile does not know math.isfinite
+    inside = (x > low if open_low else x >= low) and (x < high if open_high else x <= high)
+    if not (inside and -math.inf < x < math.inf):  # torch.compile does not know math.isfinite
+        wanted = f"in the interval {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         if high == math.inf:
             wanted = f"a finite number {'above' if open_low else 'not below'} {low:g}"
-        else:
-            wanted = f"in the interval {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
     return x
 
@@ -60,8 +59,7 @@ def boolean(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
-        names = ", ".join(repr(option) for option in options)
-        raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {value!r}.")
     return value
 
 
@@ -99,6 +97,10 @@ def num_classes(value: object) -> int:
     return integer("num_classes", value, 2)
 
 
+def class_dim(value: object) -> int | None:
+    return None if value is None else integer("class_dim", value)
+
+
 def device(value: object) -> torch.device:
     try:
         return torch.device(value)  # type: ignore[call-overload, no-any-return]
@@ -106,11 +108,7 @@ def device(value: object) -> torch.device:
         raise ValueError(f"`device` must be a torch.device or the name of one, such as 'cpu'; got {value!r}.") from None
 
 
-def class_dim(value: object) -> int | None:
-    return None if value is None else integer("class_dim", value)
-
-
-def _tensor(name: str, value: object) -> Tensor:
+def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         hint = " Pass its `.logits`." if hasattr(value, "logits") else ""  # the output of a model of transformers
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.{hint}")
@@ -122,13 +120,27 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _floating(name: str, x: Tensor, what: str = "") -> None:
+def floating(name: str, value: object, what: str = "") -> Tensor:
     """Of a type that can be computed with, which those of 8 bits cannot."""
-    if x.dtype in FLOATS:
-        return
-    if x.is_floating_point():
+    x = tensor(name, value)
+    if x.is_floating_point() and x.dtype not in FLOATS:
         raise TypeError(f"`{name}` must be floating point of 16, 32 or 64 bits; got {x.dtype}. Pass `{name}.float()`.")
-    raise TypeError(f"`{name}` must be floating point{what}; got {x.dtype}.")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"`{name}` must be floating point{what}; got {x.dtype}.")
+    return x
+
+
+def _typed(name: str, value: object, dtype: torch.dtype, what: str, remedy: str) -> Tensor:
+    x = tensor(name, value)
+    if x.dtype != dtype:
+        raise TypeError(f"`{name}` {what}; got {x.dtype}. Pass `{name}.{remedy}()`.")
+    return x
+
+
+def _shaped(name: str, x: Tensor, wanted: tuple[int, ...], of: str = "") -> None:
+    """Nothing is ever broadcast."""
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"`{name}` must have the shape of `student_logits`{of}, {wanted}; got {tuple(x.shape)}.")
 
 
 def has_values(name: str, x: Tensor, home: torch.device) -> None:
@@ -145,10 +157,15 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def values_are_free(*tensors: Tensor | None) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no graph."""
+    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
+    return on_cpu and not torch.compiler.is_compiling()
+
+
 def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
     """Floating scores with at least two axes; returns the position of the class axis."""
-    x = _tensor(name, value)
-    _floating(name, x, " (raw scores before softmax)")
+    x = floating(name, value, " (raw scores before softmax)")
     if x.ndim < 2:
         raise ValueError(f"`{name}` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None:
@@ -168,126 +185,42 @@ def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
     return dim % x.ndim
 
 
-def like_logits(name: str, value: object, student_logits: Tensor) -> None:
-    """Floating, of exactly the logits' shape (nothing is ever broadcast), on their device."""
-    x = _tensor(name, value)
-    _floating(name, x)
-    if x.shape != student_logits.shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits`, {tuple(student_logits.shape)}; got {tuple(x.shape)}."
-        )
-    same_device(name, x, "student_logits", student_logits)
-
-
-def plain(*logits: object) -> bool:
-    """Whether logits are what most are, float32 of one shape (N, C) on one device: then nothing more need be asked of
-    them. Where they are not, the checks find out whether that is an error, and the sentence that says so."""
-    first = logits[0]
-    for x in logits:
-        if (
-            type(x) is not Tensor
-            or x.dtype != torch.float32
-            or x.layout != torch.strided
-            or x.is_nested
-            or x.ndim != 2
-            or x.shape[1] < 2
-        ):
-            return False
-        if x is not first and (x.shape != first.shape or x.device != first.device):  # type: ignore[attr-defined]
-            return False
-    return True
-
-
-def plain_ids(x: object, logits: Tensor) -> bool:
-    """The same for labels or sample ids: int64, one a row of `logits` (N, C), on their device."""
-    return (
-        type(x) is Tensor
-        and x.dtype == torch.int64
-        and x.layout == torch.strided
-        and not x.is_nested
-        and x.shape == logits.shape[:1]
-        and x.device == logits.device
-    )
-
-
 def positions(student_logits: Tensor, axis: int) -> tuple[int, ...]:
     """The shape of the logits without the class axis."""
     shape = tuple(student_logits.shape)
     return shape[:axis] + shape[axis + 1 :]
 
 
+def like_logits(name: str, value: object, student_logits: Tensor) -> None:
+    """Floating, of exactly the logits' shape, on their device."""
+    x = floating(name, value)
+    _shaped(name, x, tuple(student_logits.shape))
+    same_device(name, x, "student_logits", student_logits)
+
+
 def mask(value: object, student_logits: Tensor, axis: int, name: str = "mask") -> None:
     """None, or a bool a position."""
     if value is None:
         return
-    x = _tensor(name, value)
-    if x.dtype != torch.bool:
-        raise TypeError(f"`{name}` must be of type bool, True = counts; got {x.dtype}. Pass `{name}.bool()`.")
-    wanted = positions(student_logits, axis)
-    if tuple(x.shape) != wanted:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits` without its class axis, {wanted}; got {tuple(x.shape)}."
-        )
+    x = _typed(name, value, torch.bool, "must be of type bool, True = counts", "bool")
+    _shaped(name, x, positions(student_logits, axis), WITHOUT_CLASSES)
     same_device(name, x, "student_logits", student_logits)
-
-
-def alpha(value: object, student_logits: Tensor, axis: int) -> None:
-    """A number in 0..1, or a tensor of them: one in all, or one a position."""
-    if not isinstance(value, Tensor):
-        number("alpha", value, 0.0, 1.0)
-        return
-    _floating("alpha", _tensor("alpha", value))
-    if value.ndim or value.device.type != "cpu":  # a number on the CPU goes everywhere
-        same_device("alpha", value, "student_logits", student_logits)
-    if value.ndim and tuple(value.shape) != (wanted := positions(student_logits, axis)):
-        raise ValueError(f"`alpha` must be a number or of shape {wanted}; got a tensor of shape {tuple(value.shape)}.")
-    share("alpha", value)
-
-
-def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> float | Tensor:
-    """A number in 0..1, or a tensor of them: one in all, or one a sample; as it multiplies the `rows`."""
-    if not isinstance(value, Tensor):
-        return number("mix_lambda", value, 0.0, 1.0)
-    x = _tensor("mix_lambda", value)
-    if tuple(x.shape) not in ((), shape):
-        raise ValueError(f"`mix_lambda` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
-    _floating("mix_lambda", x)
-    has_values("mix_lambda", x, rows.device)
-    share("mix_lambda", x)
-    return x.to(rows).reshape(-1, *[1] * (rows.ndim - 1))
-
-
-def share(name: str, x: Tensor) -> None:
-    """Values in 0..1, where looking is free."""
-    if values_are_free(x) and x.numel():
-        low, high = (float(bound) for bound in x.detach().aminmax())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"`{name}` must be in the interval [0, 1]; got values in [{low:g}, {high:g}].")
-
-
-def values_are_free(x: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def class_target(value: object, student_logits: Tensor, axis: int) -> None:
     """Class indices (int64, a position each) or class probabilities (floating, like the logits)."""
-    x = _tensor("target", value)
+    x, wanted, of = tensor("target", value), positions(student_logits, axis), "target` of class indices"
     if x.is_floating_point():
         like_logits("target", x, student_logits)
         return
-    wanted = positions(student_logits, axis)
-    if tuple(x.shape) == tuple(student_logits.shape):
-        raise ValueError(
-            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
-            f"{tuple(x.shape)}. If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
-        )
-    if x.dtype != torch.int64:
-        raise TypeError(f"`target` of class indices must be of type int64; got {x.dtype}. Pass `target.long()`.")
+    remedy = f" If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
+    one_hot = tuple(x.shape) == tuple(student_logits.shape)
+    if not one_hot and x.dtype != torch.int64:
+        raise TypeError(f"`{of} must be of type int64; got {x.dtype}. Pass `target.long()`.")
     if tuple(x.shape) != wanted:
         raise ValueError(
-            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
-            f"{tuple(x.shape)}."
+            f"`{of} must have the shape of `student_logits`{WITHOUT_CLASSES}, {wanted}; got {tuple(x.shape)}."
+            + (remedy if one_hot else "")
         )
     same_device("target", x, "student_logits", student_logits)
 
@@ -306,15 +239,11 @@ def sample_index(
     home: torch.device | None = None,
 ) -> None:
     """Sample ids: int64, of the given shape (any one axis for None), below `size`, to look up at `home`."""
-    x = _tensor(name, value)
-    if x.dtype != torch.int64:
-        raise TypeError(f"`{name}` must be of type int64; got {x.dtype}. Pass `{name}.long()`.")
+    x = _typed(name, value, torch.int64, "must be of type int64", "long")
     if shape is None and x.ndim != 1:
         raise ValueError(f"`{name}` must have one axis, (N,); got shape {tuple(x.shape)}.")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits` without its class axis, {shape}; got {tuple(x.shape)}."
-        )
+    if shape is not None:
+        _shaped(name, x, shape, WITHOUT_CLASSES)
     if home is not None:
         has_values(name, x, home)
     if size is not None:
@@ -322,7 +251,7 @@ def sample_index(
 
 
 def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: str, hint: str) -> None:
-    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+    if not values_are_free(x, counts):
         return
     try:
         checked = x if counts is None else x[counts]
@@ -337,53 +266,44 @@ def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: s
         )
 
 
-def flags(name: str, value: object, index: Tensor, home: torch.device) -> None:
-    """None, or a bool an id."""
-    if value is None:
+def alpha(value: object, student_logits: Tensor, axis: int) -> None:
+    """A number in 0..1, or a tensor of them: one in all, or one a position."""
+    if not isinstance(value, Tensor):
+        number("alpha", value, 0.0, 1.0)
         return
-    x = _tensor(name, value)
-    if x.dtype != torch.bool or x.shape != index.shape:
-        raise ValueError(
-            f"`{name}` must be a bool of the shape of `index`, {tuple(index.shape)}; got {x.dtype} of shape {tuple(x.shape)}."
-        )
-    has_values(name, x, home)
-    same_device(name, x, "index", index)
+    floating("alpha", value)
+    if value.ndim or value.device.type != "cpu":  # a number on the CPU goes everywhere
+        same_device("alpha", value, "student_logits", student_logits)
+    if value.ndim and tuple(value.shape) != (wanted := positions(student_logits, axis)):
+        raise ValueError(f"`alpha` must be a number or of shape {wanted}; got a tensor of shape {tuple(value.shape)}.")
+    _share("alpha", value)
 
 
-def rows(name: str, value: object, weight: Tensor) -> None:
-    """Rows (N, C) for the first layer `weight` of a network; under autocast of any type."""
-    x = _tensor(name, value)
-    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"`{name}` must have the shape (N, C) with C = {weight.shape[1]}; got {tuple(x.shape)}.")
-    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(f"`{name}` must be of the type of the weights, {weight.dtype}; got {x.dtype}.")
-    if x.device != weight.device:
-        raise ValueError(f"`{name}` must be on the device of the weights, {weight.device}; got {x.device}.")
+def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> float | Tensor:
+    """A number in 0..1, or a tensor of them: one in all, or one a sample; as it multiplies the `rows`."""
+    if not isinstance(value, Tensor):
+        return number("mix_lambda", value, 0.0, 1.0)
+    x = tensor("mix_lambda", value)
+    if tuple(x.shape) not in ((), shape):
+        raise ValueError(f"`mix_lambda` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
+    has_values("mix_lambda", floating("mix_lambda", x), rows.device)
+    _share("mix_lambda", x)
+    return x.to(rows).reshape(-1, *[1] * (rows.ndim - 1))
 
 
-def head(name: str, hidden: object, weight: object, bias: object) -> None:
-    """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
-    h, w = _tensor(f"{name}_hidden", hidden), _tensor(f"{name}_weight", weight)
-    given = {f"{name}_hidden": h, f"{name}_weight": w}
-    if bias is not None:
-        given[f"{name}_bias"] = _tensor(f"{name}_bias", bias)
-    for which, x in given.items():
-        _floating(which, x)
-        same_device(which, x, f"{name}_hidden", h)
-    if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
-        raise ValueError(
-            f"`{name}_weight` must be (C, D) with at least 2 classes for `{name}_hidden` of shape (*, D); got "
-            f"{tuple(w.shape)} and {tuple(h.shape)}."
-        )
-    if bias is not None and given[f"{name}_bias"].shape != w.shape[:1]:
-        raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")
+def _share(name: str, x: Tensor) -> None:
+    """Values in 0..1, where looking is free."""
+    if values_are_free(x) and x.numel():
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"`{name}` must be in the interval [0, 1]; got values in [{low:g}, {high:g}].")
 
 
 def condition(value: object, shape: tuple[int, ...], student_logits: Tensor) -> Tensor:
     """A row a position, where the logits are: the positions' shape, then any axes."""
-    x = _tensor("condition", value)
+    x = tensor("condition", value)
     if x.is_floating_point():
-        _floating("condition", x)
+        floating("condition", x)
     same_device("condition", x, "student_logits", student_logits)
     if tuple(x.shape[: len(shape)]) != shape:
         raise ValueError(
@@ -394,12 +314,12 @@ def condition(value: object, shape: tuple[int, ...], student_logits: Tensor) -> 
 
 def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None, home: torch.device) -> None:
     """Rows of probabilities, (N, C), for `home`: checked to be some, where that is free, within what bfloat16 rounds."""
-    x = _tensor(name, value)
+    x = tensor(name, value)
     has_values(name, x, home)
-    _floating(name, x)
+    floating(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"`{name}` must have the shape (N, C) = {shape}; got {tuple(x.shape)}.")
-    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+    if not values_are_free(x, counts):
         return
     x = x if counts is None else x[counts]
     if x.numel() == 0:
@@ -410,3 +330,27 @@ def distributions(name: str, value: object, shape: tuple[int, int], counts: Tens
             f"`{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For logits pass "
             "`torch.softmax(logits, -1)`."
         )
+
+
+def flags(name: str, value: object, index: Tensor, home: torch.device) -> None:
+    """None, or a bool an id."""
+    if value is None:
+        return
+    x = tensor(name, value)
+    if x.dtype != torch.bool or x.shape != index.shape:
+        raise ValueError(
+            f"`{name}` must be a bool of the shape of `index`, {tuple(index.shape)}; got {x.dtype} of shape {tuple(x.shape)}."
+        )
+    has_values(name, x, home)
+    same_device(name, x, "index", index)
+
+
+def rows(name: str, value: object, weight: Tensor) -> None:
+    """Rows (N, C) for the first layer `weight` of a network; under autocast of any type."""
+    x = tensor(name, value)
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"`{name}` must have the shape (N, C) with C = {weight.shape[1]}; got {tuple(x.shape)}.")
+    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"`{name}` must be of the type of the weights, {weight.dtype}; got {x.dtype}.")
+    if x.device != weight.device:
+        raise ValueError(f"`{name}` must be on the device of the weights, {weight.device}; got {x.device}.")

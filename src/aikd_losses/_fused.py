@@ -20,28 +20,26 @@ from torch import Tensor
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
 DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits that are large
 
-Plain = Callable[..., Tensor]  # tensors -> value
-Slopes = tuple[Tensor, ...] | None
-WithGradient = Callable[..., tuple[Tensor, Slopes]]  # (wanted, *tensors) -> value, and its gradients if they are wanted
+Plain = Callable[..., Tensor]  # tensors -> a value, or one a row
+Slopes = tuple[Tensor, ...] | None  # gradients, if they are wanted
+WithGradient = Callable[..., tuple[Tensor, Slopes]]  # (wanted, *tensors) -> the same, and its gradients
+# (*tensors, scale) -> a value a row, and `scale` times the gradient of each
+RowsWithGradient = Callable[..., tuple[Tensor, Tensor]]
 
 
 def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *tensors: Tensor) -> Tensor:
     """`plain(*tensors)`: a value, or one a row. No gradient reaches but the first `learned` tensors."""
     if torch.compiler.is_compiling():
         return plain(*tensors)
-    tensors = tuple(
-        x.clone() if x.is_inference() else x for x in tensors
-    )  # autograd cannot save those of inference mode
+    # Autograd cannot save what was made in inference mode.
+    tensors = tuple(x.clone() if x.is_inference() else x for x in tensors)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:learned])
     value: Tensor = _WithGradient.apply(plain, with_gradient, learned, wanted, *tensors)[0]  # type: ignore[no-untyped-call]
     return value
 
 
-def rowwise_loss(plain: Plain, with_gradient: Callable[..., Any], reduction: str, *tensors: Tensor) -> Tensor:
-    """The rows of the tensors, the student's logits (N, C) first, to one value each, and that reduced; "none": as it is.
-
-    `with_gradient(*tensors, scale)` gives the values of some rows, and `scale` times the gradient of each.
-    """
+def rowwise_loss(plain: Plain, with_gradient: RowsWithGradient, reduction: str, *tensors: Tensor) -> Tensor:
+    """The rows of the tensors, the student's logits (N, C) first, to one value each, and that reduced; "none": as it is."""
     whole = partial(_plain_rows, plain, reduction)
     return with_its_gradient(whole, partial(_blocks, with_gradient, reduction), 1, *tensors)
 
@@ -56,7 +54,7 @@ def _reduced(values: Tensor, reduction: str) -> Tensor:
     return values.sum() / max(1, len(values)) if reduction == "mean" else values.sum()
 
 
-def _blocks(with_gradient: Callable[..., Any], reduction: str, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+def _blocks(with_gradient: RowsWithGradient, reduction: str, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
     student = tensors[0]
     rows, classes = student.shape
     step = max(1, (BLOCK if student.is_cpu else DEVICE_BLOCK) // classes)
@@ -65,14 +63,14 @@ def _blocks(with_gradient: Callable[..., Any], reduction: str, wanted: bool, *te
         values, slope = with_gradient(*tensors, scale=scale)
         return _reduced(values, reduction), (slope,) if wanted else None
     # Made before the blocks: torch.cat would hold it twice.
-    slope = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32)) if wanted else None
+    whole = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32)) if wanted else None
     found = []
     for start in range(0, rows, step):
-        values, part = with_gradient(*(x[start : start + step] for x in tensors), scale=scale)
+        values, slope = with_gradient(*(x[start : start + step] for x in tensors), scale=scale)
         found.append(values)
-        if slope is not None:
-            slope[start : start + step] = part
-    return _reduced(torch.cat(found), reduction), None if slope is None else (slope,)
+        if whole is not None:
+            whole[start : start + step] = slope
+    return _reduced(torch.cat(found), reduction), None if whole is None else (whole,)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -97,7 +95,7 @@ class _WithGradient(torch.autograd.Function):
             slopes = _plain_slopes(ctx, grad)
         else:
             if slopes is None:  # the first backward pass took them
-                slopes = ctx.with_gradient(True, *tensors)[1]
+                _, slopes = ctx.with_gradient(True, *tensors)
             slopes = tuple(_times(slope, grad.unsqueeze(-1) if ctx.rowwise else grad) for slope in slopes)
         cast = (slope.to(x.dtype) for slope, x in zip(slopes, tensors, strict=False))
         return None, None, None, None, *cast, *[None] * (len(tensors) - ctx.learned)
@@ -107,7 +105,7 @@ class _WithGradient(torch.autograd.Function):
         ones = torch.ones(ctx.saved_tensors[0].shape[: int(ctx.rowwise)], device=ctx.saved_tensors[0].device)
         slopes = _plain_slopes(ctx, ones)
         moved = [slope * t for slope, t in zip(slopes, tangents[4:], strict=False) if t is not None]
-        return sum(x.sum(-1) if ctx.rowwise else x.sum() for x in moved), None  # type: ignore[return-value]
+        return sum(x.sum(-1) if ctx.rowwise else x.sum() for x in moved), None
 
     @staticmethod
     def vmap(
@@ -123,7 +121,7 @@ _WithGradient.forward.__signature__ = inspect.signature(_WithGradient.forward)  
 def _plain_slopes(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the first tensors by the plain form, themselves with a graph."""
     first, others = ctx.saved_tensors[: ctx.learned], ctx.saved_tensors[ctx.learned :]
-    value, slopes = torch.func.vjp(lambda *x: ctx.plain(*x, *others), *first)
+    value, slopes, *_ = torch.func.vjp(lambda *x: ctx.plain(*x, *others), *first)
     found: tuple[Tensor, ...] = slopes(grad.to(value.dtype))
     return found
 

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
+from ._calls import check_names
 from .adversarial import FUSED, AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
 from .progressive import ProgressiveKD
 from .schedules import LinearRamp, Schedule
-from .stack import LossStack, check_names
+from .stack import LossStack
 from .targets import CachedTargets, TargetStore
 
 TERMS = ("progressive", "deterministic", "adversarial")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _divergences
-from ._fused import Plain, WithGradient, rowwise_loss
+from ._fused import Plain, RowsWithGradient, rowwise_loss
 from .linear import linear_deterministic_kd
 
 __all__ = ["deterministic_kd", "linear_deterministic_kd", "progressive_kd"]
@@ -99,7 +99,7 @@ def progressive_kd(
 
 
 def _reduced(
-    plain: Plain, with_gradient: WithGradient, mask: Tensor | None, reduction: str, student: Tensor, *others: Tensor
+    plain: Plain, with_gradient: RowsWithGradient, mask: Tensor | None, reduction: str, student: Tensor, *others: Tensor
 ) -> Tensor:
     """A value a position, 0 where masked, by whichever form pays, reduced."""
     _checks.reduction(reduction)

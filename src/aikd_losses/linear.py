@@ -50,8 +50,8 @@ def linear_deterministic_kd(
     """
     temperature = _checks.temperature(temperature)
     _checks.choice("reduction", reduction, ("mean", "sum"))
-    _checks.head("student", student_hidden, student_weight, student_bias)
-    _checks.head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _check_head("student", student_hidden, student_weight, student_bias)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     for name, mine, other in (
         ("teacher_hidden", teacher_hidden.shape[:-1], student_hidden.shape[:-1]),
         ("teacher_weight", teacher_weight.shape[:1], student_weight.shape[:1]),
@@ -89,8 +89,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Ten
 
 def _plain(temperature: float, *tensors: Tensor) -> Tensor:
     """The sum over positions."""
-    *heads, counts = tensors
-    student, teacher = (_logits(*head, counts) for head in (heads[:3], heads[3:]))
+    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
+    student, teacher = _logits(h, w, b, counts), _logits(teacher_h, teacher_w, teacher_b, counts)
     return _divergences.divergence(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
 
 
@@ -116,3 +116,20 @@ def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor,
             slopes[1].addmm_(slope.t(), h_all[rows])
             slopes[2].add_(slope.sum(0))
     return total, slopes
+
+
+def _check_head(name: str, hidden: object, weight: object, bias: object) -> None:
+    """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
+    h, w = _checks.floating(f"{name}_hidden", hidden), _checks.floating(f"{name}_weight", weight)
+    given = {f"{name}_weight": w}
+    if bias is not None:
+        given[f"{name}_bias"] = _checks.floating(f"{name}_bias", bias)
+    for which, x in given.items():
+        _checks.same_device(which, x, f"{name}_hidden", h)
+    if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
+        raise ValueError(
+            f"`{name}_weight` must be (C, D) with at least 2 classes for `{name}_hidden` of shape (*, D); got "
+            f"{tuple(w.shape)} and {tuple(h.shape)}."
+        )
+    if bias is not None and given[f"{name}_bias"].shape != w.shape[:1]:
+        raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")

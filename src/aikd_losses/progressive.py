@@ -111,15 +111,14 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
-        axis = self._check(student_logits, mask)
-        previous, known = self._read(student_logits, axis, mask, "index", index)
+        axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
+        previous, known = self._read(index, student_logits, axis, mask)
         if partner_index is not None:
             if index is None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
-            partners, partner_known = self._read(student_logits, axis, mask, "partner_index", partner_index)
+            partners, partner_known = self._read(partner_index, student_logits, axis, mask)
             share = _checks.mix_lambda(mix_lambda, (len(index),), previous)
-            previous = share * previous + (1 - share) * partners
-            known = known & partner_known
+            previous, known = share * previous + (1 - share) * partners, known & partner_known
         return functional.progressive_kd(
             student_logits,
             previous.movedim(-1, axis),
@@ -178,13 +177,9 @@ class ProgressiveKD(Carrier):
                 "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
                 "`.train()` on the loss, or pass `index=None`."
             )
-        axis = self._check(student_logits, mask)
-        if index is not None:
-            self._check_index("index", index, student_logits, axis, mask)
-            if isinstance(self.targets, Table):
-                self.targets.check_whole()
-                _checks.has_values("student_logits", student_logits, self.targets.known.device)
-        return axis
+        if isinstance(self.targets, Table):
+            self.targets.check_whole()
+        return self._check(student_logits, mask, index=index, partner_index=partner_index)
 
     def _count(self, rows: int) -> None:
         self._rows_seen += rows
@@ -230,7 +225,8 @@ class ProgressiveKD(Carrier):
         self.alpha.fill_(alpha)
         self._rows_seen = 0
 
-    def _check(self, student_logits: Tensor, mask: Tensor | None) -> int:
+    def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:
+        """The class axis, of tensors that fit each other and the store."""
         axis = _checks.logits(student_logits, self.class_dim)
         _checks.mask(mask, student_logits, axis)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
@@ -239,34 +235,36 @@ class ProgressiveKD(Carrier):
                 f"`student_logits` must have the {classes} classes of the target store on axis {axis}; got shape "
                 f"{tuple(student_logits.shape)}."
             )
+        shape, size = _checks.positions(student_logits, axis), getattr(self.targets, "num_samples", None)
+        for name, index in ids.items():
+            if index is not None:
+                _checks.sample_index(name, index, shape, size, mask)
         return axis
 
-    def _check_index(self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None) -> None:
-        shape = _checks.positions(student_logits, axis)
-        home = self.targets.known.device if isinstance(self.targets, Table) else None
-        _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask, home)
-
     def _read(
-        self, student_logits: Tensor, axis: int, mask: Tensor | None, name: str, index: Tensor | None
+        self, index: Tensor | None, student_logits: Tensor, axis: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The stored rows, class axis last, and whether they are known, where the logits are; for None, none is."""
         shape, classes = _checks.positions(student_logits, axis), student_logits.shape[axis]
+        device = student_logits.device
         if index is None:
-            return student_logits.new_zeros((*shape, classes)), student_logits.new_zeros(shape, dtype=torch.bool)
-        self._check_index(name, index, student_logits, axis, mask)
-        at, counts = index.flatten(), None if mask is None else mask.flatten().to(index.device)
-        if counts is not None and isinstance(self.targets, Table):
-            at, counts = at.masked_fill(~counts, 0), None  # what stands at masked positions may be no id
-        probs, known = self.targets.read(at if counts is None else at[counts])
-        wanted = (len(at) if counts is None else int(counts.sum()), classes)
+            none = torch.zeros(shape, dtype=torch.bool, device=device)
+            return student_logits.new_zeros((*shape, classes)), none
+        at = index.flatten()
+        counts = None if mask is None else mask.flatten().to(at.device)
+        if isinstance(self.targets, Table):  # is asked for all, so that nobody waits to count what a mask leaves
+            probs, known = self.targets.read(at if counts is None else at.masked_fill(~counts, 0))
+            return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
+        asked = at if counts is None else at[counts]
+        probs, known = self.targets.read(asked)
+        wanted = (len(asked), classes)
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
             raise ValueError(
                 f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
                 f"{tuple(probs.shape)} and {tuple(known.shape)}."
             )
-        device = student_logits.device
         probs, known = probs.to(device), known.to(device)
-        if counts is not None:  # a store of the user's own was not asked for what is masked
+        if counts is not None:
             counts = counts.to(device)
             probs = probs.new_zeros(len(at), classes).masked_scatter(counts.unsqueeze(-1), probs)
             known = known.new_zeros(len(at)).masked_scatter(counts, known)
