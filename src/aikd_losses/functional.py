@@ -74,14 +74,13 @@ def progressive_kd(
     temperature = _checks.temperature(temperature)
     axis = _checks.logits(student_logits, _checks.class_dim(class_dim))
     _checks.like_logits("previous", previous, student_logits)
-    _checks.alpha(alpha, student_logits, axis)
     _checks.mask(known, student_logits, axis, "known")
     _checks.mask(mask, student_logits, axis)
     student, previous = visible(student_logits, axis, mask), visible(previous.detach(), axis, mask)
-    shape, precision = student.shape[:-1], torch.promote_types(student.dtype, torch.float32)
-    a = torch.as_tensor(alpha, dtype=precision, device=student.device).expand(shape)
+    like = student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
+    a = _checks.share("alpha", alpha, student.shape[:-1], like).expand(student.shape[:-1])
     a = a if known is None else a * known
-    counts = torch.ones_like(a) if mask is None else mask.to(precision)
+    counts = torch.ones_like(a) if mask is None else mask.to(a.dtype)
     others = [previous, a * counts]
     if target is not None:
         _checks.class_target(target, student_logits, axis)

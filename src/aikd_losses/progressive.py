@@ -117,7 +117,8 @@ class ProgressiveKD(Carrier):
             if index is None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
             partners, partner_known = self._read(partner_index, student_logits, axis, mask)
-            share = _checks.mix_lambda(mix_lambda, (len(index),), previous)
+            share = _checks.share("mix_lambda", mix_lambda, (len(index),), previous)
+            share = share.reshape(-1, *[1] * (previous.ndim - 1))
             previous, known = share * previous + (1 - share) * partners, known & partner_known
         return functional.progressive_kd(
             student_logits,
@@ -246,29 +247,20 @@ class ProgressiveKD(Carrier):
     ) -> tuple[Tensor, Tensor]:
         """The stored rows, class axis last, and whether they are known, where the logits are; for None, none is."""
         shape, classes = _checks.positions(student_logits, axis), student_logits.shape[axis]
-        device = student_logits.device
         if index is None:
-            none = torch.zeros(shape, dtype=torch.bool, device=device)
+            none = torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
             return student_logits.new_zeros((*shape, classes)), none
-        at = index.flatten()
-        counts = None if mask is None else mask.flatten().to(at.device)
-        if isinstance(self.targets, Table):  # is asked for all, so that nobody waits to count what a mask leaves
-            probs, known = self.targets.read(at if counts is None else at.masked_fill(~counts, 0))
-            return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
-        asked = at if counts is None else at[counts]
-        probs, known = self.targets.read(asked)
-        wanted = (len(asked), classes)
+        # What stands at masked positions may be no id.
+        at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
+        probs, known = self.targets.read(at.flatten())
+        wanted = (at.numel(), classes)
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
             raise ValueError(
                 f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
                 f"{tuple(probs.shape)} and {tuple(known.shape)}."
             )
-        probs, known = probs.to(device), known.to(device)
-        if counts is not None:
-            counts = counts.to(device)
-            probs = probs.new_zeros(len(at), classes).masked_scatter(counts.unsqueeze(-1), probs)
-            known = known.new_zeros(len(at)).masked_scatter(counts, known)
-        return probs.unflatten(0, shape), known.unflatten(0, shape)
+        device = student_logits.device
+        return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
 
     def extra_repr(self) -> str:
         settings = (
