@@ -1,1 +1,0 @@
-from .targets import _Table as Table  # noqa: F401
