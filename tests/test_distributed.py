@@ -342,9 +342,9 @@ def test_uneven_ranks_and_one_that_wrote_nothing_exchange_their_rows(on_ranks):
 
 
 def chunked(rank):
-    from aikd_losses import _distributed
+    from aikd_losses import _ranks
 
-    _distributed.CHUNK_BYTES = 1  # a row at a time
+    _ranks.CHUNK_BYTES = 1  # a row at a time
     return uneven(rank)
 
 
@@ -357,9 +357,9 @@ def test_a_chunked_exchange_is_the_same(on_ranks):
 
 def within(chunk_bytes):
     def work(rank):
-        from aikd_losses import _distributed
+        from aikd_losses import _ranks
 
-        _distributed.CHUNK_BYTES = chunk_bytes
+        _ranks.CHUNK_BYTES = chunk_bytes
         received, all_gather = [], dist.all_gather
 
         def counting(tensors, *args, **kwargs):
@@ -399,7 +399,7 @@ def test_what_is_on_the_cpu_goes_through_the_gpu_where_the_backend_knows_no_othe
     backend, device, sent, monkeypatch
 ):
     """With a stand-in for the tensor, as there is no GPU here."""
-    from aikd_losses._distributed import Ranks
+    from aikd_losses._ranks import Ranks
 
     class Stored:
         def __init__(self, device):
