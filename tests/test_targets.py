@@ -12,6 +12,7 @@ import signal
 import stat
 import struct
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,10 +81,24 @@ def test_a_row_that_was_never_written_is_zero_and_not_known(build, place):
     assert probs.dtype == torch.float32
 
 
-def test_of_equal_ids_in_one_write_the_last_kept_one_wins(build, place):
+@pytest.mark.parametrize(
+    ("index", "probs", "keep", "same_as"),
+    [
+        ([5, 1, 5, 5, 1], rows(0, 1, 2, 3, 4), [True, True, True, False, False], ([5, 1], rows(2, 1))),
+        ([5, 6], rows(1, 2), [False, False], ([], rows(0)[:0])),
+        ([-100, 1, N, 2], torch.cat([rows(0, 1), -rows(2), torch.nan * rows(3)]), [False, True, False, False], ([1], rows(1))),
+        ([5, 6, 5], rows(0, 1, 2), None, ([6, 5], rows(1, 2))),
+    ],
+    ids=["equal", "none", "no-ids-and-no-rows", "all"],
+)  # fmt: skip
+def test_of_equal_ids_the_last_kept_row_wins_and_a_dropped_one_may_be_anything(
+    index, probs, keep, same_as, build, place
+):
     many, one = build(dtype=torch.float32, **place), build(dtype=torch.float32)
-    many.write(torch.tensor([5, 1, 5, 5, 1]), rows(0, 1, 2, 3, 4), keep=torch.tensor([True, True, True, False, False]))
-    one.write(torch.tensor([5, 1]), rows(2, 1))
+    for store in (many, one):
+        store.write(torch.tensor([5]), rows(9))
+    many.write(torch.tensor(index), probs, keep=keep and torch.tensor(keep))
+    one.write(torch.tensor(same_as[0], dtype=torch.int64), same_as[1])
     assert_same(contents(many), contents(one))
 
 
@@ -100,22 +115,6 @@ def test_the_last_of_equal_ids_wins_whatever_threads_write(kind):
             torch.testing.assert_close(store.rows[index[255]], probs[255].half(), rtol=0, atol=0)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_a_dropped_row_stays_as_it_was(build, place):
-    store = build(**place)
-    store.write(torch.tensor([5]), rows(0))
-    before = contents(store)
-    store.write(torch.tensor([5, 6]), rows(1, 2), keep=torch.tensor([False, False]))
-    assert_same(contents(store), before)
-
-
-def test_of_a_dropped_row_neither_the_id_nor_the_row_has_to_be_one(build):
-    many, one = build(), build()
-    dropped = torch.tensor([False, True, False, False])
-    many.write(torch.tensor([-100, 1, N, 2]), torch.cat([rows(0, 1), -rows(2), torch.nan * rows(3)]), keep=dropped)
-    one.write(torch.tensor([1]), rows(1))
-    assert_same(contents(many), contents(one))
 
 
 def test_the_newest_prediction_replaces_the_one_before():
@@ -226,49 +225,42 @@ def test_what_the_system_refuses_is_said_with_the_path(make, error, reason, path
     assert (caught.value.strerror, caught.value.filename) == (sentence, str(path))
 
 
-def written(path, change):
-    """The bytes of a file of a store with one row, changed."""
-    store = CachedTargets(N, C, path=path)
-    store.write(torch.tensor([1]), rows(0))
-    store.advance_epoch()
-    path.write_bytes(change(path.read_bytes()))
-    return path.read_bytes()
-
-
 def header(**facts):
     return lambda content: json.dumps({**json.loads(content[:4080]), **facts}).encode().ljust(4080) + content[4080:]
 
 
-OTHER = "Build the store with the file's settings, or pass another path."
-REFUSED = {  # what is found, what is built, and what is said of it
-    "samples": (bytes, {"num_samples": 11}, f"has num_samples=10, not 11. {OTHER}"),
-    "dtype": (bytes, {"dtype": torch.float32}, f"has dtype='torch.float16', not 'torch.float32'. {OTHER}"),
-    "two": (bytes, {"num_classes": 5, "top_k": 2}, f"has num_classes=4, not 5, top_k=None, not 2. {OTHER}"),
-    "more": (header(by="someone"), {}, f"has by='someone', not None. {OTHER}"),
-    "short": (lambda x: x[:-1], {}, "has 12287. Delete it and load the rows from a checkpoint."),
-    "long": (lambda x: x + b"\0", {}, "has 12289. Delete it and load the rows from a checkpoint."),
-    "empty": (lambda x: b"", {}, "is not. Pass another path."),
-    "zeros": (lambda x: bytes(9000), {}, "is not. Pass another path."),
-    "list": (lambda x: b"[1, 2]", {}, "is not. Pass another path."),
-    "brackets": (lambda x: b"[" * 4096, {}, "is not. Pass another path."),
-    "version": (header(format="aikd-losses targets 2"), {}, "is not. Pass another path."),
+HOLD, WHOLE = "hold the store that is asked for", "be a whole file of 12288 bytes"
+TARGETS = "be a file of targets (aikd-losses targets 3)"
+BUILD, DELETE, PASS = (
+    "Build the store with the file's settings, or pass another path.",
+    "Delete it and load the rows from a checkpoint.",
+    "is not. Pass another path.",
+)
+REFUSED = {  # what is done to a file, what is built, and what is said
+    "samples": (bytes, {"num_samples": 11}, HOLD, f"has num_samples=10, not 11. {BUILD}"),
+    "dtype": (bytes, {"dtype": torch.float32}, HOLD, f"has dtype='torch.float16', not 'torch.float32'. {BUILD}"),
+    "two": (bytes, {"num_classes": 5, "top_k": 2}, HOLD, f"has num_classes=4, not 5, top_k=None, not 2. {BUILD}"),
+    "more": (header(by="someone"), {}, HOLD, f"has by='someone', not None. {BUILD}"),
+    "short": (lambda x: x[:-1], {}, WHOLE, f"has 12287. {DELETE}"),
+    "long": (lambda x: x + b"\0", {}, WHOLE, f"has 12289. {DELETE}"),
+    "empty": (lambda x: b"", {}, TARGETS, PASS),
+    "zeros": (lambda x: bytes(9000), {}, TARGETS, PASS),
+    "list": (lambda x: b"[1, 2]", {}, TARGETS, PASS),
+    "brackets": (lambda x: b"[" * 4096, {}, TARGETS, PASS),
+    "version": (header(format="aikd-losses targets 2"), {}, TARGETS, PASS),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(what, path):
-    change, settings, said = REFUSED[what]
-    before = written(path, change)
+@pytest.mark.parametrize(("change", "settings", "wanted", "found"), REFUSED.values(), ids=REFUSED)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(change, settings, wanted, found, path):
+    store = CachedTargets(N, C, path=path)
+    store.write(torch.tensor([1]), rows(0))
+    store.advance_epoch()
+    before = change(path.read_bytes())
+    path.write_bytes(before)
     with pytest.raises(ValueError, match="`path` must") as error:
         CachedTargets(**{"num_samples": N, "num_classes": C, "path": path, **settings})
-    wanted = {
-        "has n": "hold the store that is asked for",
-        "has d": "hold the store that is asked for",
-        "has b": "hold the store that is asked for",
-        "has 1": "be a whole file of 12288 bytes",
-        "is no": "be a file of targets (aikd-losses targets 3)",
-    }[said[:5]]
-    assert str(error.value) == f"`path` must {wanted}; {str(path)!r} {said}"
+    assert str(error.value) == f"`path` must {wanted}; {str(path)!r} {found}"
     assert path.read_bytes() == before
 
 
@@ -459,23 +451,46 @@ def test_a_forked_process_leaves_the_epoch_to_its_parent(path):
         assert each.read(torch.tensor([1, 2]))[1].all()
 
 
-def mark_of(path, pid):
-    """The file's, said of another process."""
+class Proc:
+    """A system that says of the process 7 what it is told to, and nothing of others."""
+
+    says: ClassVar = {}
+
+    def __init__(self, path):
+        self.said = self.says.get(path)
+
+    def read_bytes(self):
+        if self.said is None:
+            raise FileNotFoundError
+        state, start = self.said
+        return f"7 (my (odd) name) {state} {' '.join('0' * 18)} {start} 0 0".encode()
+
+
+@pytest.mark.parametrize("change", ["dead", "pid-used-again", "zombie", "another-machine", "another-pid"])
+def test_a_file_is_interrupted_unless_its_writer_is_known_to_live_here(change, path, monkeypatch):
+    CachedTargets(N, C, path=path).write(torch.tensor([1]), rows(0))
+    monkeypatch.setattr(_file, "Path", Proc)
+    monkeypatch.setattr(Proc, "says", {"/proc/7/stat": ("S", 123)})
     content = path.read_bytes()
-    path.write_bytes(content[:4080] + struct.pack("q", pid) + content[4088:])
-
-
-@pytest.mark.parametrize("where", ["pid-used-again", "another-machine", "no-proc", "nonsense"])
-def test_a_process_that_is_not_known_to_live_here_counts_as_ended(where, path, monkeypatch):
-    if where == "no-proc":
-        monkeypatch.setattr(_file, "_process", lambda pid: (pid, 0))
-    store = CachedTargets(N, C, path=path)
-    store.write(torch.tensor([1]), rows(0))
-    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()  # this one lives
-    if where == "another-machine":
+    path.write_bytes(content[:4080] + struct.pack("2q", *_file._process(7)) + content[4096:])
+    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()
+    if change == "another-machine":
         monkeypatch.setattr(_file, "MACHINE", "another")
+    elif change == "another-pid":
+        path.write_bytes(path.read_bytes()[:4080] + struct.pack("q", -7) + path.read_bytes()[4088:])
     else:
-        mark_of(path, -5 if where == "nonsense" else os.getppid())
+        said = {"pid-used-again": {"/proc/7/stat": ("S", 124)}, "zombie": {"/proc/7/stat": ("Z", 123)}, "dead": {}}[
+            change
+        ]
+        monkeypatch.setattr(Proc, "says", said)
+    assert refuses(CachedTargets(N, C, path=path))
+
+
+def test_where_processes_cannot_be_told_only_ones_own_lives(path, monkeypatch):
+    monkeypatch.setattr(_file, "Path", Proc)
+    CachedTargets(N, C, path=path).write(torch.tensor([1]), rows(0))
+    assert CachedTargets(N, C, path=path).read(torch.tensor([1]))[1].item()
+    monkeypatch.setattr(os, "getpid", os.getppid)
     assert refuses(CachedTargets(N, C, path=path))
 
 
@@ -512,6 +527,7 @@ MISFITS = {  # another object, what was done to its state, and what is said
     "classes": (CachedTargets(N, C + 1), None, r"`rows` in the checkpoint is .* of shape \(10, 5\); here it is"),
     "dtype": (CachedTargets(N, C, dtype=torch.float32), None, r"`rows` in the checkpoint is torch\.float32 of shape"),
     "more": (CachedTargets(N, C, top_k=C), None, r"`classes` is in the checkpoint, and this object has none\. Build"),
+    "less": (CachedTargets(N, C), None, r"Missing key\(s\) in state_dict: \"classes\""),
     "nan": (CachedTargets(N, C), ("rows", torch.nan), r"`rows` in the checkpoint must be distributions \(no negative"),
     "infinite": (CachedTargets(N, C), ("rows", torch.inf), "`rows` in the checkpoint must be distributions"),
     "negative": (CachedTargets(N, C), ("rows", -0.5), "`rows` in the checkpoint must be distributions"),
@@ -523,7 +539,7 @@ MISFITS = {  # another object, what was done to its state, and what is said
 @pytest.mark.parametrize("what", MISFITS)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_loaded(what, place):
     other, change, message = MISFITS[what]
-    store, other = CachedTargets(N, C, **place), copy.deepcopy(other)
+    store, other = CachedTargets(N, C, top_k=C if what == "less" else None, **place), copy.deepcopy(other)
     store.write(torch.tensor([1]), rows(0))
     other.write(torch.tensor([2, 3]), torch.full((2, other.num_classes), 1 / other.num_classes))
     state = other.state_dict()
@@ -532,15 +548,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_loaded(what, p
     before = contents(store)
     with pytest.raises(RuntimeError, match=message):
         store.load_state_dict(state)
-    assert_same(contents(store), before)
-
-
-def test_a_checkpoint_without_classes_is_refused_by_a_store_with_top_k_and_nothing_is_loaded():
-    store, other = (CachedTargets(N, C, top_k=k) for k in (C, None))
-    store.write(torch.tensor([2]), rows(5))
-    before = contents(store)
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"classes\""):
-        store.load_state_dict(other.state_dict())
     assert_same(contents(store), before)
 
 

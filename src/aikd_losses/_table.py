@@ -45,8 +45,7 @@ class Table(Carrier):
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
         if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
-            names = ", ".join(str(d) for d in _checks.FLOATS)
-            raise ValueError(f"`dtype` must be one of {names}; got {dtype!r}.")
+            raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
         if path is not None and not (isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)):
@@ -122,10 +121,8 @@ class Table(Carrier):
         # equal ids need no order and dropped rows no branch.
         order = torch.arange(self._num_written, self._num_written + len(at), device=home)
         if keep is not None:
-            at, order = (
-                at.masked_fill(~keep.to(home), 0),
-                order.masked_fill(~keep.to(home), -1),
-            )  # a dropped id may be none
+            dropped = ~keep.to(home)  # whose ids may be none
+            at, order = at.masked_fill(dropped, 0), order.masked_fill(dropped, -1)
         self._last_write.scatter_reduce_(0, at, order, "amax")
         winner = self._last_write.index_select(0, at) - self._num_written
         self._num_written += len(at)
@@ -174,14 +171,13 @@ class Table(Carrier):
         self._num_written = 0
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        classes, least = (
-            saved.get("classes"),
-            self.rows.shape[1] / self.num_classes,
-        )  # what the largest have of a sum of 1
+        classes = saved.get("classes")
         if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
-        sums = saved["rows"].sum(-1, dtype=torch.float32)
-        sound = (sums <= 1.5) & (sums >= 0.5 * least * saved["known"])  # averages in float16 may be that far off
+        parts = saved["rows"].split(1024)  # a sum in float32 makes a copy
+        sums = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
+        least = 0.5 * self.rows.shape[1] / self.num_classes * saved["known"]  # averages in float16 may be that far off
+        sound = (sums <= 1.5) & (sums >= least)
         if not (sound.all() and saved["rows"].min() >= 0):
             raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1, nothing NaN).")
 
@@ -212,11 +208,9 @@ class Table(Carrier):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of its own, in memory: two objects that write one file would not be copies."""
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
         self.check_whole()
-        kept = {key: value for key, value in self.__dict__.items() if key != "_file"}
-        clone.__dict__.update(copy.deepcopy(kept, memo), path=None, _file=None)
+        clone = memo[id(self)] = self.__class__.__new__(self.__class__)
+        clone.__dict__.update(copy.deepcopy({**self.__dict__, "path": None, "_file": None}, memo))
         return clone
 
     def extra_repr(self) -> str:

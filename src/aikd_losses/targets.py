@@ -51,12 +51,12 @@ class CachedTargets(Table):
         process_group: the ranks that train on different samples (default: all, once there is a group).
 
     State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
-    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process was killed in the middle of an
-    epoch is noticed: all but loading a checkpoint is then a `RuntimeError`. A deep copy of a store in a file is a store in
-    memory; a pickle refers to the file.
+    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process ended (killed or not) between the
+    first `write` and `advance_epoch` is noticed when it is opened: all but loading a checkpoint is then a `RuntimeError`. A
+    deep copy of a store in a file is a store in memory; a pickle refers to the file, which must be there.
 
     Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
-    nothing is changed then.
+    nothing is changed then. `OSError` for a file that the system refuses, or that the disk has no room for.
 
     >>> store = CachedTargets(num_samples=4, num_classes=3)
     >>> store.write(torch.tensor([2]), torch.tensor([[0.5, 0.25, 0.25]]))
