@@ -52,7 +52,7 @@ class Table(Carrier):
             raise TypeError(f"`path` must be a str or os.PathLike; got {path!r}.")
         self.path = None if path is None else os.path.abspath(os.fspath(path))
         self.pinned = device is not None or path is not None
-        home = torch.get_default_device() if device is None else _checks.device(device)
+        home = torch.get_default_device() if device is None else torch.device(device)
         if path is not None and device is not None and home.type != "cpu":
             raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
         self._allocate(home, create=True)
@@ -88,7 +88,7 @@ class Table(Carrier):
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the ids `index` `(N,)`: probabilities `(N, C)` in float32, zero where never written, and a bool
         `(N,)`, whether they were; both on the device of `index`."""
-        _checks.sample_index("index", index, None, self.num_samples, home=self.known.device)
+        _checks.sample_index("index", index, None, self.num_samples)
         self.check_whole()
         at = index.to(self.known.device)
         probs, known = self.rows.index_select(0, at).float(), self.known.index_select(0, at)
@@ -109,10 +109,8 @@ class Table(Carrier):
         distribution (checked on the CPU) and then changes nothing; on other devices the caller vouches for it.
         """
         home = self.known.device
-        _checks.sample_index("index", index, None, None, home=home)
-        _checks.flags("keep", keep, index, home)
         _checks.sample_index("index", index, None, self.num_samples, keep)
-        _checks.distributions("probs", probs, (len(index), self.num_classes), keep, home)
+        _checks.distributions("probs", probs, (len(index), self.num_classes), keep)
         self.check_whole()
         if self._file is not None:
             self._file.begin()

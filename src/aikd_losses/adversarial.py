@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from . import _checks, functional
 from ._carrier import Carrier
-from ._distributed import Ranks
+from ._ranks import Ranks
 from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
