@@ -8,8 +8,8 @@ $$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\,
 As p and q sum to 1, these are the usual $\sum p\,(\log p - \log q)$. But no term is negative, so that nothing cancels where
 the two sides are near each other, as they are where T is large.
 
-Classes are on the last axis. float32 at least. What is plain here can be compiled, transformed and differentiated again;
-the functions `..._with_gradient` make the gradient of a row's value themselves, and are for no graph.
+Classes are on the last axis. float32 at least. All can be compiled, transformed and differentiated again, but for
+`kl_with_gradient`, which makes the gradient itself and is for no graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 NEAR = 0.01  # nats a row, below which the usual sum may have lost more than a hundred-thousandth
 
 
-def divergence(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float) -> Tensor:
+def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float) -> Tensor:
     """$T^2 D(p, q)$ by its name."""
     log_p, log_q, d = logs(s, t, temperature)
     p, q = log_p.exp(), log_q.exp()
@@ -94,58 +94,6 @@ def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor
         target = target.to(log_q.dtype)
         return -(temperature**2) * (target * log_q.masked_fill(target == 0, 0.0)).sum(-1)
     return -(temperature**2) * log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
-def cross_entropy_with_gradient(target: Tensor, s: Tensor, temperature: float, scale: float) -> tuple[Tensor, Tensor]:
-    r"""The same, and `scale` times its gradient $T\,(q \sum p - p)$."""
-    (s,) = wide(s)
-    log_q = torch.log_softmax(s * (1 / temperature), -1)
-    if target.is_floating_point():
-        target = target.to(log_q.dtype)
-        value = (target * log_q.masked_fill(target == 0, 0.0)).sum(-1)
-        slope = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
-    else:
-        at = target.unsqueeze(-1)
-        value = log_q.gather(-1, at).squeeze(-1)
-        slope = log_q.exp_()
-        slope.scatter_(-1, at, slope.gather(-1, at) - 1)
-    return value.mul_(-(temperature**2)), slope.mul_(temperature * scale)
-
-
-def shared_cross_entropy(
-    s: Tensor, previous: Tensor, a: Tensor, target: Tensor | None = None, b: Tensor | None = None, *, temperature: float
-) -> Tensor:
-    r"""$a\,T^2\,\mathrm{CE}(\text{previous}, q_T) + b\,\mathrm{CE}(y, q_1)$, where what has no share counts nothing."""
-    value = a * cross_entropy(_where_shared(previous, a), s, temperature)
-    if target is None or b is None:
-        return value
-    return value + b * _where_shared(cross_entropy(target, s), b)
-
-
-def shared_cross_entropy_with_gradient(
-    s: Tensor,
-    previous: Tensor,
-    a: Tensor,
-    target: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    temperature: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The same, and `scale` times its gradient."""
-    value, slope = cross_entropy_with_gradient(_where_shared(previous, a), s, temperature, scale)
-    value, slope = value.mul_(a), slope.mul_(a.unsqueeze(-1))
-    if target is None or b is None:
-        return value, slope
-    hard, hard_slope = cross_entropy_with_gradient(target, s, 1.0, scale)
-    return value + b * _where_shared(hard, b), slope.addcmul_(hard_slope, b.unsqueeze(-1))
-
-
-def _where_shared(x: Tensor, share: Tensor) -> Tensor:
-    """0 in rows without a share, as 0 * inf would be NaN; a share that is learned has a gradient there too."""
-    if share.requires_grad:
-        return x
-    return torch.where(share.reshape(*share.shape, *[1] * (x.ndim - share.ndim)) > 0, x, 0.0)
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,37 +39,37 @@ def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *
 
 def rowwise_loss(plain: Plain, with_gradient: RowsWithGradient, reduction: str, *tensors: Tensor) -> Tensor:
     """The rows of the tensors, the student's logits (N, C) first, to one value each, and that reduced; "none": as it is."""
-    whole = partial(_plain_rows, plain, reduction)
-    return with_its_gradient(whole, partial(_blocks, with_gradient, reduction), 1, *tensors)
 
+    def whole(*tensors: Tensor) -> Tensor:
+        return _reduced(plain(*tensors), reduction)
 
-def _plain_rows(plain: Plain, reduction: str, *tensors: Tensor) -> Tensor:
-    return _reduced(plain(*tensors), reduction)
+    def in_blocks(wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+        student = tensors[0]
+        rows, classes = student.shape
+        step = max(1, (BLOCK if student.is_cpu else DEVICE_BLOCK) // classes)
+        scale = 1 / max(1, rows) if reduction == "mean" else 1.0
+        if rows <= step:
+            values, slope = with_gradient(*tensors, scale=scale)
+            return _reduced(values, reduction), (slope,) if wanted else None
+        # Made before the blocks: torch.cat would hold it twice.
+        slopes = student.new_empty(
+            (rows if wanted else 0, classes), dtype=torch.promote_types(student.dtype, torch.float32)
+        )
+        found = []
+        for start in range(0, rows, step):
+            values, slope = with_gradient(*(x[start : start + step] for x in tensors), scale=scale)
+            found.append(values)
+            if wanted:
+                slopes[start : start + step] = slope
+        return _reduced(torch.cat(found), reduction), (slopes,) if wanted else None
+
+    return with_its_gradient(whole, in_blocks, 1, *tensors)
 
 
 def _reduced(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values
     return values.sum() / max(1, len(values)) if reduction == "mean" else values.sum()
-
-
-def _blocks(with_gradient: RowsWithGradient, reduction: str, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
-    student = tensors[0]
-    rows, classes = student.shape
-    step = max(1, (BLOCK if student.is_cpu else DEVICE_BLOCK) // classes)
-    scale = 1 / max(1, rows) if reduction == "mean" else 1.0
-    if rows <= step:
-        values, slope = with_gradient(*tensors, scale=scale)
-        return _reduced(values, reduction), (slope,) if wanted else None
-    # Made before the blocks: torch.cat would hold it twice.
-    whole = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32)) if wanted else None
-    found = []
-    for start in range(0, rows, step):
-        values, slope = with_gradient(*(x[start : start + step] for x in tensors), scale=scale)
-        found.append(values)
-        if whole is not None:
-            whole[start : start + step] = slope
-    return _reduced(torch.cat(found), reduction), None if whole is None else (whole,)
 
 
 class _WithGradient(torch.autograd.Function):

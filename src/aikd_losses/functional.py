@@ -1,5 +1,5 @@
-r"""The terms as pure functions of tensors; the modules add settings and state. Each is its equation, in `_divergences.py`,
-between what is required of the tensors and how a value a position is reduced.
+r"""The terms as pure functions of tensors; the modules add settings and state. The equations stand in `_divergences.py`;
+here is what they require of their tensors, and how a value a position is reduced.
 
 Notation: $s$ and $t$ are the student's and the teacher's logits, $q_T = \mathrm{softmax}(s/T)$ and
 $p_T = \mathrm{softmax}(t/T)$; sums run over classes, values are in nats. Everything is computed in float32 at least,
@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import _checks, _divergences
-from ._fused import Plain, RowsWithGradient, rowwise_loss
+from . import _checks
+from ._divergences import cross_entropy, divergence_rows, kl_with_gradient, wide
+from ._fused import rowwise_loss
 from .linear import linear_deterministic_kd
 
 __all__ = ["deterministic_kd", "linear_deterministic_kd", "progressive_kd"]
@@ -43,11 +44,15 @@ def deterministic_kd(
     temperature = _checks.temperature(temperature)
     axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
     student, teacher = (visible(x, axis, mask) for x in (student_logits, teacher_logits.detach()))
-    plain = partial(_divergences.divergence, name=divergence, temperature=temperature, beta=beta)
+    plain = partial(divergence_rows, name=divergence, temperature=temperature, beta=beta)
     if divergence != "forward_kl":
         return reduce_positions(plain(student, teacher), mask, reduction)
-    with_gradient = partial(_divergences.kl_with_gradient, temperature=temperature)
-    return _reduced(plain, with_gradient, mask, reduction, student, teacher)
+    with_gradient = partial(kl_with_gradient, temperature=temperature)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    if mask is None or reduction != "mean":
+        value = rowwise_loss(plain, with_gradient, _checks.reduction(reduction), *flat)
+        return value.reshape(student.shape[:-1]) if reduction == "none" else value
+    return rowwise_loss(plain, with_gradient, "sum", *flat) / mask.sum().clamp_min(1)  # what is masked gives 0
 
 
 def progressive_kd(
@@ -80,8 +85,10 @@ def progressive_kd(
     like = student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
     a = _checks.share("alpha", alpha, student.shape[:-1], like).expand(student.shape[:-1])
     a = a if known is None else a * known
-    counts = torch.ones_like(a) if mask is None else mask.to(a.dtype)
-    others = [previous, a * counts]
+    learned = a.requires_grad  # and has a gradient where it is 0 too
+    # What has no share counts nothing; 0 * inf would be NaN.
+    previous = previous if learned else torch.where(a.unsqueeze(-1) > 0, previous, 0.0)
+    value = a * cross_entropy(previous, student, temperature)
     if target is not None:
         _checks.class_target(target, student_logits, axis)
         if target.is_floating_point():
@@ -89,25 +96,9 @@ def progressive_kd(
         else:
             _checks.labels_in_range(target, student_logits.shape[axis], mask)
             target = target if mask is None else target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
-        others += [target, (1 - a) * counts]
-    plain = partial(_divergences.shared_cross_entropy, temperature=temperature)
-    if any(x.requires_grad for x in others):  # an alpha or a soft target that is learned
-        return reduce_positions(plain(student, *others), mask, reduction)
-    with_gradient = partial(_divergences.shared_cross_entropy_with_gradient, temperature=temperature)
-    return _reduced(plain, with_gradient, mask, reduction, student, *others)
-
-
-def _reduced(
-    plain: Plain, with_gradient: RowsWithGradient, mask: Tensor | None, reduction: str, student: Tensor, *others: Tensor
-) -> Tensor:
-    """A value a position, 0 where masked, by whichever form pays, reduced."""
-    _checks.reduction(reduction)
-    shape = student.shape[:-1]
-    flat = [x.reshape(-1, *x.shape[len(shape) :]) for x in (student, *others)]
-    if mask is not None and reduction == "mean":
-        return rowwise_loss(plain, with_gradient, "sum", *flat) / mask.sum().clamp_min(1)
-    value = rowwise_loss(plain, with_gradient, reduction, *flat)
-    return value.reshape(shape) if reduction == "none" else value
+        hard = cross_entropy(target, student)
+        value = value + (1 - a) * (hard if learned else torch.where(a < 1, hard, 0.0))
+    return reduce_positions(value, mask, reduction)
 
 
 def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
@@ -139,7 +130,7 @@ def check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor |
 
 def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
     """The logits, float32 at least, class axis last; uniform where masked, so that no NaN there reaches a gradient."""
-    return _divergences.wide(visible(logits, axis, mask))[0]
+    return wide(visible(logits, axis, mask))[0]
 
 
 def visible(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:

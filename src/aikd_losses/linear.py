@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import _checks, _divergences
+from . import _checks
+from ._divergences import divergence_rows, kl_with_gradient, wide
 from ._fused import Slopes, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
@@ -84,20 +85,20 @@ def linear_deterministic_kd(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
-    return torch.nn.functional.linear(*_divergences.wide(hidden, weight, bias)).masked_fill(~counts.unsqueeze(-1), 0.0)
+    return torch.nn.functional.linear(*wide(hidden, weight, bias)).masked_fill(~counts.unsqueeze(-1), 0.0)
 
 
 def _plain(temperature: float, *tensors: Tensor) -> Tensor:
     """The sum over positions."""
     h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
     student, teacher = _logits(h, w, b, counts), _logits(teacher_h, teacher_w, teacher_b, counts)
-    return _divergences.divergence(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
+    return divergence_rows(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
 
 
 def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
     """The same, and its gradients: those of the logits go through the head a block at a time."""
     h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
-    h_all, w, b = _divergences.wide(h, w, b)
+    h_all, w, b = wide(h, w, b)
     teacher_w = teacher_w.to(torch.promote_types(teacher_w.dtype, torch.float32))  # once, and not in every block
     slopes = tuple(torch.zeros_like(x) for x in (h_all, w, b)) if wanted else None
     total = h_all.new_zeros(())
@@ -108,7 +109,7 @@ def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor,
             _logits(h_all[rows], w, b, counts[rows]),
             _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows]),
         )
-        values, slope = _divergences.kl_with_gradient(student, teacher, temperature=temperature, scale=1.0)
+        values, slope = kl_with_gradient(student, teacher, temperature=temperature, scale=1.0)
         total = total + values.sum()
         if slopes is not None:
             slope = slope.to(w.dtype)
