@@ -43,7 +43,7 @@ def pretrained():
     return FrozenTeacher(nn.Linear(6, C))
 
 
-def build(num_epochs=6, spectral_norm=False, targets=None):
+def build(num_epochs=6, targets=None):
     torch.manual_seed(9)
     return AIKDLoss(
         N, C, num_epochs, discriminator=MLPDiscriminator(C, hidden=(8,), spectral_norm=spectral_norm), targets=targets
