@@ -167,8 +167,8 @@ class Owner(Carrier):
                     self.optimizer.state[p] = state
 
     def _contents(self) -> dict[str, dict[str, Any]]:
-        """The tensors and numbers of every parameter's state and of every group. What a parameter that was never stepped
-        will have, a step of a copy of the optimizer on zeros finds out."""
+        """The tensors and numbers of every parameter's state and of every group. What there will be once it was stepped, a step
+        of a copy of the optimizer on zeros finds out."""
         contents: dict[str, dict[str, Any]] = {}
         if self.optimizer is None:
             return contents
@@ -182,8 +182,8 @@ class Owner(Carrier):
             kept = {key: x for key, x in (state or twin.state[stand_ins[id(p)]]).items() if x is not None}
             contents[f"optimizer.state.{name}"] = {"started": torch.tensor(bool(state), device="cpu"), **kept}
         for i, (group, later) in enumerate(zip(self.optimizer.param_groups, twin.param_groups, strict=True)):
-            every = {key: x for key, x in {**later, **group}.items() if key not in NO_NUMBERS}
-            contents[f"optimizer.param_groups.{i}"] = {key: x for key, x in every.items() if _is_number(x)}
+            numbers = [key for key, x in later.items() if key not in NO_NUMBERS and _is_number(x)]
+            contents[f"optimizer.param_groups.{i}"] = {key: group.get(key, 0) for key in numbers}
         return contents
 
 
