@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import _checks, functional
-from ._owned import Owner, no_autocast
+from ._divergences import no_autocast
+from ._owned import Owner
 from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
@@ -53,13 +55,14 @@ class AdversarialDistributionLoss(Owner):
     the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
     discriminator as a row. Returns a scalar or, with `"none"`, a value a position.
 
-    State: the discriminator and what its optimizer keeps (`optimizer.*`) are in `state_dict()`, though not in
-    `parameters()`, `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone
-    changes them; it may come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator
-    and `discriminator_loss` none on the logits. Under `torch.distributed` the first `update` takes rank 0's
-    discriminator, and every `update` the gradient of all ranks' rows.
+    State: the discriminator and what its optimizer keeps (`optimizer.*`) are in `state_dict()`, though not in `parameters()`,
+    `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone changes them; it may
+    come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator and `discriminator_loss`
+    none on the logits. Under `torch.distributed` the first `update` takes rank 0's discriminator, and every `update` the
+    gradient of all ranks' rows.
 
-    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape.
+    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape;
+    `RuntimeError` for an `update` in eval mode or without an `optimizer`.
 
     >>> discriminator = MLPDiscriminator(num_classes=3)
     >>> adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
@@ -145,8 +148,7 @@ class AdversarialDistributionLoss(Owner):
     ) -> Tensor:
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
-        grad = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), no_autocast(student_logits):
+        with torch.inference_mode(False), no_autocast(student_logits):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
             both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
             values, _ = self._values(buffers, self._seen(both), condition)
@@ -163,11 +165,10 @@ class AdversarialDistributionLoss(Owner):
     ) -> Tensor:
         """One step of the discriminator; returns its loss before the step, detached.
 
-        Anywhere after the forward call of the same step. Rows with NaN or +inf on either side are left out. RuntimeError
-        in eval mode and without an `optimizer`.
+        Anywhere after the forward call of the same step. Rows without a softmax on either side (NaN, +inf) are left out.
         """
         axis, condition = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
-        self._before_step()
+        self._take_first_ranks()
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(student_logits):
             both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
             finite = functional.finite_rows(both)
@@ -178,6 +179,31 @@ class AdversarialDistributionLoss(Owner):
             loss, norm = self._step(values, counts.flatten())
         self._last_step = {"loss": loss, "norm": norm, "lead": lead.detach(), "counts": counts.flatten()}
         return loss
+
+    def _check_update(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> tuple[int, Tensor | None]:
+        """Refuse whatever `update` refuses; gives what `_check` does."""
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
+                "`.train()` on the loss."
+            )
+        if self.optimizer is None:
+            raise RuntimeError(
+                "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
+                "Without one, step on `discriminator_loss` yourself."
+            )
+        if not any(p.requires_grad for p in self._held()):
+            raise RuntimeError(
+                "`update` needs a discriminator that can be trained; every parameter of its optimizer has requires_grad=False."
+            )
+        return self._check(student_logits, teacher_logits, mask, condition)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
@@ -205,6 +231,19 @@ class AdversarialDistributionLoss(Owner):
             once = None if twice is None else twice.chunk(2)[0]
             values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
         return values, of_teacher - of_student
+
+    def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
+        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
+        shown = x.to(next(self.discriminator.parameters(), x).dtype)
+        scores: Tensor = functional_call(
+            self.discriminator, state, (shown,) if condition is None else (shown, condition)
+        )
+        if scores.shape not in ((len(x),), (len(x), 1)):
+            raise ValueError(
+                f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
+                f"{tuple(x.shape)}; got {tuple(scores.shape)}."
+            )
+        return scores.flatten().to(x.dtype)
 
     def _seen(self, rows: Tensor) -> Tensor:
         """What the discriminator is shown of logits `(*, C)`, a row each, in its precision, float32 at least."""
@@ -248,9 +287,12 @@ class AdversarialDistributionLoss(Owner):
     def extra_repr(self) -> str:
         objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
         count = sum(p.numel() for p in self.discriminator.parameters())
+        optimizer = "None"
+        if self.optimizer is not None:
+            optimizer = f"{type(self.optimizer).__name__}(lr={float(self.optimizer.param_groups[0]['lr']):g})"
         return (
             f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
             f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()}), {count:,} parameters\n"
-            f"penalty={called(self.penalty)}, optimizer={self._optimizer_shown()}"
+            f"penalty={called(self.penalty)}, optimizer={optimizer}"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergences import divergence_rows, kl_with_gradient, wide
+from ._divergences import divergence_rows, kl_with_gradient, no_autocast, wide
 from ._fused import Slopes, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
@@ -77,7 +77,7 @@ def linear_deterministic_kd(
             weight,
             weight.new_zeros(len(weight)) if bias is None else bias,
         ]
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with no_autocast(student_hidden):
         total = with_its_gradient(
             partial(_plain, temperature), partial(_blocks, temperature), 3, *heads, counts.flatten()
         )

@@ -191,7 +191,7 @@ class ProgressiveKD(Carrier):
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
 
     def advance_epoch(self, epoch: int | None = None) -> None:
