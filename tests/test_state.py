@@ -297,7 +297,7 @@ def test_numbers_of_an_optimizer_are_saved_and_its_switches_are_not():
     assert group["weight_decay"] == 0.5
     tensors = adversarial("tensors")
     rate = tensors.optimizer.param_groups[0]["lr"]
-    tensors.load_state_dict({**tensors.state_dict(), "optimizer.param_groups.0.lr": torch.tensor(0.5)})
+    tensors.load_state_dict({**tensors.state_dict(), "optimizer.param_groups.0.lr": torch.tensor(0.5).double()})
     assert rate == 0.5  # in place, where a captured step would look
 
 

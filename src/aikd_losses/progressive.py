@@ -84,7 +84,7 @@ class ProgressiveKD(Carrier):
                 f"advance_epoch(); got {targets!r}."
             )
         self.targets = targets
-        self.alpha_schedule = schedules.check("alpha", alpha, 1.0)
+        self.alpha_schedule = alpha
         self.temperature = _checks.temperature(temperature)
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
