@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.func import functional_call
+from torch.optim import Optimizer
 
 from . import functional
 from ._carrier import Carrier
@@ -48,6 +49,36 @@ class Owner(Carrier):
 
     def _held(self) -> list[Tensor]:
         return [] if self.optimizer is None else [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
+        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
+        shown = x.to(next(self.discriminator.parameters(), x).dtype)
+        scores: Tensor = functional_call(
+            self.discriminator, state, (shown,) if condition is None else (shown, condition)
+        )
+        if scores.shape not in ((len(x),), (len(x), 1)):
+            raise ValueError(
+                f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
+                f"{tuple(x.shape)}; got {tuple(scores.shape)}."
+            )
+        return scores.flatten().to(x.dtype)
+
+    def _refuse_to_step(self) -> None:
+        """RuntimeError where `update` cannot train the discriminator."""
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
+                "`.train()` on the loss."
+            )
+        if self.optimizer is None:
+            raise RuntimeError(
+                "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
+                "Without one, step on `discriminator_loss` yourself."
+            )
+        if not any(p.requires_grad for p in self._held()):
+            raise RuntimeError(
+                "`update` needs a discriminator that can be trained; every parameter of its optimizer has requires_grad=False."
+            )
 
     def _take_first_ranks(self) -> None:
         """The discriminator of the first rank, once."""
@@ -148,17 +179,10 @@ class Owner(Carrier):
 
 def _check(optimizer: object, discriminator: nn.Module) -> None:
     inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
-    if isinstance(inner, Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}. "
-            "Keep the discriminator's optimizer out of the framework and pass it as it is."
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch optimizer; got {optimizer!r}.")
-    if isinstance(optimizer, LBFGS):
-        raise TypeError(
-            "`optimizer` must take a step from gradients alone, not call a closure; got LBFGS. Use Adam or SGD."
-        )
+    wrapper = isinstance(inner, Optimizer)
+    if wrapper or not isinstance(optimizer, Optimizer):
+        rule = "a torch optimizer, not a framework's wrapper around one" if wrapper else "a torch optimizer"
+        raise TypeError(f"`optimizer` must be {rule}; got {type(optimizer).__name__}.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in discriminator.parameters()}
     if held != own:

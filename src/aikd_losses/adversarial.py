@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import _checks, functional
 from ._divergences import no_autocast
 from ._owned import Owner
-from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
 
@@ -96,10 +94,6 @@ class AdversarialDistributionLoss(Owner):
         super().__init__(discriminator, optimizer, process_group)
         if not isinstance(objective, AdversarialObjective):
             objective = OBJECTIVES[_checks.choice("objective", objective, OBJECTIVES)]
-        if penalty is not None and (isinstance(penalty, type) or not callable(penalty)):
-            raise TypeError(
-                f"`penalty` must be None, GradientPenalty(...), ZeroCenteredPenalty(...) or callable; got {penalty!r}."
-            )
         self.objective = objective
         self.inputs = _checks.choice("inputs", inputs, INPUTS)
         self.temperature = _checks.temperature(temperature)
@@ -127,8 +121,6 @@ class AdversarialDistributionLoss(Owner):
             if self.objective.paired:
                 of_teacher = score(self._seen(functional.rows(teacher_logits.detach(), axis, mask)))
             values = self.objective.student(score(student), of_teacher)
-            if not values.requires_grad:  # a discriminator that looks at nothing: 0 with a graph
-                values = values + 0.0 * student.sum(-1)
         values = values.unflatten(0, _checks.positions(student_logits, axis))
         return functional.reduce_positions(values, mask, self.reduction)
 
@@ -180,30 +172,10 @@ class AdversarialDistributionLoss(Owner):
         self._last_step = {"loss": loss, "norm": norm, "lead": lead.detach(), "counts": counts.flatten()}
         return loss
 
-    def _check_update(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        *,
-        mask: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> tuple[int, Tensor | None]:
+    def _check_update(self, *tensors: Tensor, **named: Any) -> tuple[int, Tensor | None]:
         """Refuse whatever `update` refuses; gives what `_check` does."""
-        if not self.training:
-            raise RuntimeError(
-                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
-                "`.train()` on the loss."
-            )
-        if self.optimizer is None:
-            raise RuntimeError(
-                "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
-                "Without one, step on `discriminator_loss` yourself."
-            )
-        if not any(p.requires_grad for p in self._held()):
-            raise RuntimeError(
-                "`update` needs a discriminator that can be trained; every parameter of its optimizer has requires_grad=False."
-            )
-        return self._check(student_logits, teacher_logits, mask, condition)
+        self._refuse_to_step()
+        return self._check(*tensors, **named)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
@@ -232,19 +204,6 @@ class AdversarialDistributionLoss(Owner):
             values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
         return values, of_teacher - of_student
 
-    def _score(self, state: dict[str, Tensor], condition: Tensor | None, x: Tensor) -> Tensor:
-        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
-        shown = x.to(next(self.discriminator.parameters(), x).dtype)
-        scores: Tensor = functional_call(
-            self.discriminator, state, (shown,) if condition is None else (shown, condition)
-        )
-        if scores.shape not in ((len(x),), (len(x), 1)):
-            raise ValueError(
-                f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
-                f"{tuple(x.shape)}; got {tuple(scores.shape)}."
-            )
-        return scores.flatten().to(x.dtype)
-
     def _seen(self, rows: Tensor) -> Tensor:
         """What the discriminator is shown of logits `(*, C)`, a row each, in its precision, float32 at least."""
         x = rows.flatten(0, -2) / self.temperature
@@ -256,7 +215,11 @@ class AdversarialDistributionLoss(Owner):
         return x.to(torch.promote_types(next(self.discriminator.parameters(), x).dtype, torch.float32))
 
     def _check(
-        self, student_logits: Tensor, teacher_logits: Tensor, mask: Any = None, condition: Any = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[int, Tensor | None]:
         """The class axis, and the condition as a row a position, without what a mask hides."""
         axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
@@ -266,19 +229,13 @@ class AdversarialDistributionLoss(Owner):
                 f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
                 f"the loss with `.to({str(student_logits.device)!r})`."
             )
-        ours = isinstance(self.discriminator, MLPDiscriminator)  # whose forward would refuse too late for an `update`
-        if ours and student_logits.shape[axis] != self.discriminator.num_classes:
-            raise ValueError(
-                f"`student_logits` must have the {self.discriminator.num_classes} classes of the discriminator on axis {axis}; "
-                f"got shape {tuple(student_logits.shape)}."
-            )
         if condition is None:
             return axis, None
         shape = _checks.positions(student_logits, axis)
-        condition = _checks.condition(condition, shape, student_logits)
-        if ours:
-            raise TypeError(
-                "`condition` needs a discriminator that takes one, `forward(x, condition)`; MLPDiscriminator does not."
+        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", student_logits)
+        if condition.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(condition.shape)}."
             )
         if mask is not None:
             condition = condition.masked_fill(~mask.reshape(*shape, *[1] * (condition.ndim - len(shape))), 0)
@@ -287,9 +244,8 @@ class AdversarialDistributionLoss(Owner):
     def extra_repr(self) -> str:
         objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
         count = sum(p.numel() for p in self.discriminator.parameters())
-        optimizer = "None"
-        if self.optimizer is not None:
-            optimizer = f"{type(self.optimizer).__name__}(lr={float(self.optimizer.param_groups[0]['lr']):g})"
+        rates = [] if self.optimizer is None else [f"{float(group['lr']):g}" for group in self.optimizer.param_groups]
+        optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}(lr={', '.join(rates)})"
         return (
             f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
