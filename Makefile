@@ -54,6 +54,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
+	$(BIN)/python tools/weight.py
 
 types: .venv/ready
 	$(BIN)/mypy
