@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import _checks, _soft_targets, functional
+from . import _checks, functional
 from ._carrier import Carrier
-from ._distributed import Ranks
+from ._ranks import Ranks
 from .discriminators import MLPDiscriminator
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
@@ -140,7 +140,9 @@ class AdversarialDistributionLoss(Carrier):
         student = self._rows(student_logits, axis, mask)
         teacher = self._rows(teacher_logits.detach(), axis, mask) if self.objective.paired else None
         with _no_autocast(student.device.type):
-            if self.reduction != "none" and _soft_targets.usable():
+            if self.reduction != "none" and not (
+                torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            ):
                 return _Fooling.apply(student, teacher, condition, mask, self)  # type: ignore[no-untyped-call,no-any-return]
             values = self._student_values(student, teacher, condition, kept=True)
         shape = _checks.positions(student_logits, axis)
@@ -202,6 +204,9 @@ class AdversarialDistributionLoss(Carrier):
         in eval mode and without an `optimizer`.
         """
         return self._planned_update(student_logits, teacher_logits, mask=mask, condition=condition)()
+
+    def _check_update(self, *args, **kwargs):
+        self._planned_update(*args, **kwargs)
 
     def _planned_update(
         self,
