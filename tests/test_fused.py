@@ -132,12 +132,11 @@ def held(loss):
 def test_one_tensor_of_the_size_of_the_logits_is_kept_and_none_where_no_gradient_is_wanted():
     """What the usual composition keeps is measured the same way."""
     s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)
-    previous, target, copy = t.softmax(-1), torch.zeros(100, dtype=torch.int64), s.numel() * 4
-    for loss in (deterministic_kd, lambda s, t: progressive_kd(s, previous, target, alpha=0.5)):
-        assert held(lambda f=loss: f(s, t)) <= copy + 1000
-        assert held(lambda f=loss: f(s.detach(), t)) <= 1000
-        with torch.no_grad():
-            assert held(lambda f=loss: f(s, t)) <= 1000
+    copy = s.numel() * 4
+    assert held(lambda: deterministic_kd(s, t)) <= copy + 1000
+    assert held(lambda: deterministic_kd(s.detach(), t)) <= 1000
+    with torch.no_grad():
+        assert held(lambda: deterministic_kd(s, t)) <= 1000
     assert held(lambda: usual(s, t, 4.0).mean()) >= 2 * copy
 
 

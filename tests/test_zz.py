@@ -1,0 +1,337 @@
+"""Strange arguments at every public call: each gives the right answer or one of our own sentences, and an error changes
+nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from aikd_losses import (
+    AdversarialDistributionLoss,
+    AdversarialObjective,
+    AIKDLoss,
+    CachedTargets,
+    DeterministicKD,
+    EMATargets,
+    FrozenTeacher,
+    GradientPenalty,
+    IndexedDataset,
+    LinearRamp,
+    LossStack,
+    MLPDiscriminator,
+    ProgressiveKD,
+    ZeroCenteredPenalty,
+    check_setup,
+)
+from aikd_losses.functional import deterministic_kd, linear_deterministic_kd, progressive_kd
+
+N, C, D = 4, 3, 2
+DTYPES = [
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.complex64),
+    *(torch.bool, torch.uint8, torch.int32, torch.int64),
+]
+
+
+class Subclass(Tensor):
+    pass
+
+
+LAYOUTS = {  # the same values
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim else x,
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2] if x.ndim else x,
+    "within another": lambda x: torch.cat([x.flatten(), x.flatten()])[x.numel() :].view(x.shape),
+    "negative bit": lambda x: torch._neg_view(-x) if x.dtype != torch.bool else x,
+    "inference": torch.inference_mode()(torch.clone),
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "with a graph": lambda x: x.clone().requires_grad_() * 1 if x.is_floating_point() else x,
+}
+CHANGES = {  # others of the same kind, and what is none
+    **LAYOUTS,
+    "expanded": lambda x: x[:1].expand_as(x) if x.ndim else x,
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.detach().to_mkldnn(),
+    "nested": lambda x: torch.nested.as_nested_tensor(list(x)) if x.ndim > 1 else x,
+    "conjugate": lambda x: x.to(torch.complex64).conj(),
+    "none of it": lambda x: x[:0],
+    "without classes": lambda x: x[..., :0],
+    "one class": lambda x: x[..., :1],
+    "one number": lambda x: x.flatten()[:1].sum(),
+    "flat": torch.flatten,
+    "one axis more": lambda x: x.unsqueeze(-1),
+    "one in front": lambda x: x[None],
+    "turned": lambda x: x.transpose(0, -1),
+    "a list": Tensor.tolist,
+    "numpy": lambda x: x.detach().numpy(),
+    **{str(dtype): lambda x, dtype=dtype: x.to(dtype) for dtype in DTYPES},
+    **{f"filled with {v}": lambda x, v=v: torch.full_like(x, v) for v in (0, 1, -1, -100, 2**40, -(2**63), -math.inf)},
+    **{
+        f"with {v}": lambda x, v=v: x.clone().flatten().index_fill(0, torch.tensor([0]), v).view(x.shape)
+        for v in (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-40)
+    },
+}
+ODD = [  # in place of anything
+    *(None, True, False, 0, 1, -1, 2**70, 10**400, 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, 1j),
+    *(Fraction(1, 2), np.float32(0.5), np.int64(1), np.float64("nan"), np.array(1)),
+    *("x", "mean", "cpu", "cuda:x", b"x", [], [1.0], (), {}, {"a": 1}, {1: 2}, {"kd": {"mask": 3}}, object()),
+    *(Tensor, torch.float32, torch.int8, torch.device("meta"), slice(None), range(2), iter([1])),
+    *map(torch.tensor, (0.5, 1, [], True, 1j, [[[[1.0, 1.0]]]])),
+]
+
+
+class Sees(nn.Linear):
+    """A discriminator of one's own, with a condition."""
+
+    def forward(self, x, condition=None):
+        shift = 0 if condition is None else condition.reshape(len(x), -1).float().sum(-1, True)
+        return super().forward(x) + shift
+
+
+def adversarial(discriminator=None, **arguments):
+    discriminator = discriminator or MLPDiscriminator(C, hidden=(4,))
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
+    return AdversarialDistributionLoss(discriminator, optimizer=optimizer, **arguments)
+
+
+def progressive(store=CachedTargets, **arguments):
+    loss = ProgressiveKD(store(N, C), **arguments)
+    loss.update(torch.randn(N, C), index=torch.arange(N))
+    return loss
+
+
+class World:
+    """Tensors that fit, and objects with some history, made when they are asked for."""
+
+    def __init__(self) -> None:
+        self.objects: list[nn.Module] = []
+        self.s, t = torch.randn(N, C), torch.randn(N, C)
+        self.y, self.p, self.i = torch.arange(N) % C, t.softmax(-1), torch.arange(N)
+        self.pair = dict(student_logits=self.s, teacher_logits=t, mask=torch.tensor([True, True, False, True]))
+        self.ids = dict(student_logits=self.s, index=self.i, mask=self.pair["mask"])
+        self.blended = dict(**self.ids, partner_index=self.i.flip(0))
+        self.all = dict(**self.pair, index=self.i, target=self.y)
+        self.untrained = dict(**self.pair, index=self.i, partner_index=None, condition=None)
+        self.heads = {
+            f"{side}_{name}": torch.randn(size)
+            for side in ("student", "teacher")
+            for name, size in {"hidden": (N, D), "weight": (C, D), "bias": (C,)}.items()
+        }
+
+    def keep(self, x):
+        self.objects.append(x)
+        return x
+
+    def state(self):
+        return copy.deepcopy({f"{i}.{n}": x for i, y in enumerate(self.objects) for n, x in y.state_dict().items()})
+
+
+def conditional():
+    return adversarial(Sees(C, 1), objective="relativistic", inputs="log_probs")
+
+
+METHOD = dict(num_samples=N, num_classes=C, num_epochs=2)
+SETTINGS = dict(temperature=2.0, reduction="none", class_dim=-1)
+OF_STORE = dict(num_samples=N, num_classes=C, dtype=torch.float32, device="cpu", path=None, process_group=None)
+PENALIZED = (
+    lambda: adversarial(penalty=GradientPenalty(), inputs="logits", reduction="none"),
+    lambda: adversarial(penalty=ZeroCenteredPenalty()),
+)
+CALLS = {  # name: the world -> (a function, arguments that fit)
+    "deterministic_kd": lambda w: (
+        deterministic_kd,
+        dict(**w.pair, temperature=2.0, divergence="forward_kl", beta=0.5, reduction="mean", class_dim=1),
+    ),
+    "deterministic_kd js": lambda w: (deterministic_kd, dict(**w.pair, divergence="js", beta=0.5)),
+    "progressive_kd": lambda w: (
+        progressive_kd,
+        dict(**w.ids, previous=w.p, target=w.y, alpha=torch.rand(N), known=w.y > 0, **SETTINGS) | dict(index=...),
+    ),
+    "progressive_kd soft": lambda w: (
+        progressive_kd,
+        dict(student_logits=w.s, previous=w.p, target=w.p.flip(0), alpha=0.5),
+    ),
+    "linear_deterministic_kd": lambda w: (
+        linear_deterministic_kd,
+        dict(**w.heads, temperature=2.0, mask=w.pair["mask"], reduction="mean"),
+    ),
+    "DeterministicKD": lambda w: (DeterministicKD, dict(**SETTINGS, divergence="js", beta=0.5)),
+    "DeterministicKD()": lambda w: (DeterministicKD(), w.pair),
+    "ProgressiveKD": lambda w: (ProgressiveKD, dict(**SETTINGS, targets=CachedTargets(N, C), alpha=0.5)),
+    "ProgressiveKD()": lambda w: (w.keep(progressive()), dict(**w.blended, target=w.y, mix_lambda=torch.rand(N))),
+    "ProgressiveKD() of an EMA": lambda w: (w.keep(progressive(EMATargets)), dict(**w.ids, target=w.p)),
+    "ProgressiveKD.update": lambda w: (w.keep(progressive()).update, w.ids),
+    "ProgressiveKD.update blended": lambda w: (w.keep(progressive()).update, w.blended),
+    "ProgressiveKD.advance_epoch": lambda w: (w.keep(progressive()).advance_epoch, dict(epoch=3)),
+    # A path or device that the system refuses is its own error: of those here none is.
+    "CachedTargets": lambda w: (CachedTargets, dict(**OF_STORE, top_k=2)),
+    "EMATargets": lambda w: (EMATargets, dict(**OF_STORE, decay=0.5)),
+    "CachedTargets.read": lambda w: (w.keep(CachedTargets(N, C, top_k=2)).read, dict(index=w.i)),
+    "CachedTargets.write": lambda w: (
+        w.keep(CachedTargets(N, C, top_k=2)).write,
+        dict(index=w.i, probs=w.p, keep=w.y > 0),
+    ),
+    "EMATargets.write": lambda w: (w.keep(EMATargets(N, C)).write, dict(index=w.i, probs=w.p)),
+    "AdversarialDistributionLoss": lambda w: (
+        AdversarialDistributionLoss,
+        dict(
+            **dict(SETTINGS, discriminator=MLPDiscriminator(C), objective="hinge", inputs="logits"),
+            **dict(penalty=None, optimizer=None, process_group=None),
+        ),
+    ),
+    **{
+        f"AdversarialDistributionLoss.{method} {i}": lambda w, method=method, build=build: (
+            getattr(w.keep(build()), method),
+            dict(**w.pair, **({"condition": w.y} if build is conditional else {})),
+        )
+        for method in ("forward", "discriminator_loss", "update")
+        for i, build in enumerate((conditional, *PENALIZED))
+    },
+    "AdversarialDistributionLoss.update without condition": lambda w: (
+        w.keep(adversarial()).update,
+        dict(**w.pair, condition=None),
+    ),
+    "AdversarialObjective": lambda w: (AdversarialObjective, dict(discriminator=len, student=len, paired=True)),
+    "GradientPenalty": lambda w: (GradientPenalty, dict(weight=10.0)),
+    "ZeroCenteredPenalty": lambda w: (ZeroCenteredPenalty, dict(gamma=10.0)),
+    "MLPDiscriminator": lambda w: (MLPDiscriminator, dict(num_classes=C, hidden=(4,))),
+    "FrozenTeacher": lambda w: (FrozenTeacher, dict(model=nn.Linear(2, 2), copy=True)),
+    "LossStack": lambda w: (
+        LossStack,
+        dict(terms={"kd": DeterministicKD()}, weights={"kd": 0.5}, inputs={"kd": {"mask": None}}),
+    ),
+    "LossStack weights": lambda w: (lambda x: LossStack({"kd": DeterministicKD()}, weights={"kd": x}), dict(x=0.5)),
+    "LossStack inputs": lambda w: (lambda x: LossStack({"kd": DeterministicKD()}, inputs={"kd": x}), dict(x={})),
+    "LossStack()": lambda w: (w.keep(LossStack({"kd": DeterministicKD(), "b": progressive()})), w.all),
+    "LossStack.update": lambda w: (w.keep(LossStack({"p": progressive()})).update, w.all),
+    "LossStack.advance_epoch": lambda w: (
+        w.keep(LossStack({"p": progressive(), "a": adversarial()})).advance_epoch,
+        dict(epoch=None),
+    ),
+    "AIKDLoss": lambda w: (
+        AIKDLoss,
+        dict(
+            **dict(METHOD, temperature=2.0, alpha=0.5, weights={"adversarial": 0.5}, targets=None, discriminator=None),
+            **dict(objective="hinge", penalty=None, class_dim=1),
+        ),
+    ),
+    "AIKDLoss()": lambda w: (w.keep(AIKDLoss(**METHOD)), dict(**w.untrained, target=w.y, mix_lambda=None)),
+    "AIKDLoss.update": lambda w: (AIKDLoss(**METHOD).update, w.untrained),
+    "AIKDLoss.advance_epoch": lambda w: (w.keep(AIKDLoss(**METHOD)).advance_epoch, dict(epoch=1)),
+    "check_setup": lambda w: (
+        partial(check_setup, w.keep(AIKDLoss(**METHOD))),
+        dict(**w.untrained, target=w.y, optimizer=None),
+    ),
+    "check_setup soft": lambda w: (
+        partial(check_setup, w.keep(LossStack({"ce": nn.CrossEntropyLoss(), "p": progressive()}))),
+        dict(**w.ids, target=w.p),
+    ),
+    "IndexedDataset": lambda w: (IndexedDataset, dict(dataset=[1, 2])),
+    "IndexedDataset[]": lambda w: ((lambda index: IndexedDataset([1, 2])[index]), dict(index=1)),
+    "IndexedDataset of many": lambda w: ((lambda i: IndexedDataset([1, 2]).__getitems__([0, i])), dict(i=1)),
+    "LinearRamp": lambda w: (LinearRamp, dict(end=0.5, num_epochs=3, start=0.1)),
+    "LinearRamp()": lambda w: (LinearRamp(0.5, 3), dict(epoch=3)),
+    **{
+        f"{type(x).__name__}.load_state_dict {len(x.state_dict())}": lambda w, x=x: (
+            (lambda **state: w.keep(copy.deepcopy(x)).load_state_dict(state)),
+            dict(x.state_dict()),
+        )
+        for x in (CachedTargets(N, C, top_k=2), EMATargets(N, C), progressive(), adversarial())
+    },
+}
+OWN = (ValueError, TypeError, IndexError, RuntimeError)
+SENTENCE = re.compile(
+    r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
+    r"|device\(\) received|device string|device when none|meta tensor|not a mapping"  # torch's own, which say what is wrong
+)
+
+
+def looked_into(x) -> bool:
+    """Whether there are values to compare."""
+    return isinstance(x, Tensor) and not x.is_meta and not x.is_nested and x.layout == torch.strided
+
+
+def same(a, b) -> bool:
+    if not looked_into(a) or (a.is_floating_point() and a.element_size() == 1):
+        return True
+    a, b = (x.detach().resolve_neg().resolve_conj() for x in (a, b))
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def tensors_in(x):
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict | list | tuple):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(y)
+
+
+def finite(x) -> bool:
+    if looked_into(x):
+        return x.element_size() == 1 or bool((x.detach().abs() < 1e30).all())  # products of larger ones overflow
+    return isinstance(x, bool) or not isinstance(x, int | float) or 1e-18 < abs(x) < 1e18  # whose squares are float32
+
+
+@st.composite
+def changed(draw, fitting):
+    """Arguments that fit, one to three of them changed or replaced, and whether their values are the same."""
+    found, equal = dict(fitting), True
+    for name in draw(st.lists(st.sampled_from(sorted(found)), min_size=1, max_size=3, unique=True)):
+        x = found[name]
+        if isinstance(x, Tensor) and draw(st.integers(0, 5)):
+            how = draw(st.sampled_from(sorted(CHANGES)))
+            with contextlib.suppress(RuntimeError, TypeError, IndexError, ValueError):  # there is no such tensor
+                found[name] = CHANGES[how](x)
+                equal = equal and how in LAYOUTS
+        else:
+            found[name], equal = draw(st.sampled_from(ODD)), False
+    return found, equal
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", CALLS)
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_strange_argument_gives_the_right_answer_or_a_sentence_and_an_error_changes_nothing(
+    call, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # a path may be asked for
+    world = World()
+    function, fitting = CALLS[call](world)
+    fitting = {name: x for name, x in fitting.items() if x is not ...}
+    arguments, equal = data.draw(changed(fitting), label="arguments")
+    kept = {n: x.detach().clone() if isinstance(x, Tensor) and not x.is_nested else x for n, x in arguments.items()}
+    pure = not re.search("update|write|advance|load", call)
+    torch.default_generator.manual_seed(0)
+    expected = list(tensors_in(function(**fitting))) if pure and equal else []
+    before = world.state()
+    result = error = None
+    torch.default_generator.manual_seed(0)
+    try:
+        result = function(**arguments)
+    except OWN as caught:
+        error = caught
+    for found, right in zip(tensors_in(result), expected, strict=False):
+        assert_close(found.detach().as_subclass(Tensor), right.detach())
+    if error is not None:
+        assert SENTENCE.search(str(error)), f"not ours: {error!r}"
+        # A module's load_state_dict goes on with the next part, torch's way: what a store does is in test_messages.py.
+        if "load_state_dict" not in call:
+            assert all(same(value, before[name]) for name, value in world.state().items())
+    elif all(map(finite, arguments.values())):
+        assert all(x.is_meta or not torch.isnan(x).any() for x in tensors_in(result))
+    assert not any(x.requires_grad for y in world.objects for x in tensors_in(dict(y.state_dict())))
+    for name, x in kept.items():
+        assert same(x, arguments[name]), f"{name} was changed"
