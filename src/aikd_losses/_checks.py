@@ -39,8 +39,8 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
 def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer; got {value!r}.")
-    if not low <= value <= high:
-        wanted = f"at least {low}" if value < low else f"between {low} and {high}"
+    if not low <= int(value) <= high:
+        wanted = f"at least {low}" if int(value) < low else f"between {low} and {high}"
         raise ValueError(f"`{name}` must be {wanted}; got {value}.")
     return int(value)
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from .adversarial import FUSED, AdversarialDistributionLoss
+from ._owned import FUSED
+from .adversarial import AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
