@@ -29,7 +29,6 @@ from aikd_losses import (
     DeterministicKD,
     GradientPenalty,
     LossStack,
-    MLPDiscriminator,
     ProgressiveKD,
     ZeroCenteredPenalty,
 )
@@ -108,7 +107,8 @@ def usual_losses(d_t: Tensor, d_s: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def scores(loss: Any, x: Batch, temperature: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    return usual_losses(*(loss.discriminator((y / temperature).softmax(-1)) for y in (x.teacher, x.student)))
+    shown = ((y / temperature).softmax(-1) for y in (x.teacher, x.student))
+    return usual_losses(*(loss.discriminator(y).flatten() for y in shown))
 
 
 def norms(d: nn.Module, x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def progressive_function(loss: Any, x: Batch) -> Tensor:
 
 
 def adversary(**settings: Any) -> AdversarialDistributionLoss:
-    return AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(8,)), **settings)
+    return AdversarialDistributionLoss(nn.Sequential(nn.Linear(C, 8), nn.Tanh(), nn.Linear(8, 1)), **settings)
 
 
 def adversarial(objective: str) -> Kind:
