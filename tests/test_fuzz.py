@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 from fractions import Fraction
@@ -113,22 +114,20 @@ def progressive(store=CachedTargets, **arguments):
 
 
 class World:
-    """Tensors that fit, and objects with some history, made when they are asked for."""
+    """Tensors that fit, by the names of the parameters that take them, and objects with some history."""
 
     def __init__(self) -> None:
         self.objects: list[nn.Module] = []
-        self.s, t = torch.randn(N, C), torch.randn(N, C)
-        self.y, self.p, self.i = torch.arange(N) % C, t.softmax(-1), torch.arange(N)
-        self.pair = dict(student_logits=self.s, teacher_logits=t, mask=torch.tensor([True, True, False, True]))
-        self.ids = dict(student_logits=self.s, index=self.i, mask=self.pair["mask"])
-        self.blended = dict(**self.ids, partner_index=self.i.flip(0))
-        self.all = dict(**self.pair, index=self.i, target=self.y)
-        self.untrained = dict(**self.pair, index=self.i, partner_index=None, condition=None)
-        self.heads = {
-            f"{side}_{name}": torch.randn(size)
-            for side in ("student", "teacher")
-            for name, size in {"hidden": (N, D), "weight": (C, D), "bias": (C,)}.items()
-        }
+        s, t, mask = torch.randn(N, C), torch.randn(N, C), torch.tensor([True, True, False, True])
+        y, index, p = torch.arange(N) % C, torch.arange(N), t.softmax(-1)
+        self.step = dict(student_logits=s, teacher_logits=t, target=y, index=index, mask=mask)
+        self.given = self.step | dict(partner_index=index.flip(0), mix_lambda=torch.rand(N), condition=y)
+        self.given |= dict(previous=p, probs=p, known=mask.flip(0), alpha=0.5, epoch=1, weight=10.0, gamma=10.0)
+        self.given |= dict(student_hidden=torch.randn(N, D), student_weight=torch.randn(C, D))
+        self.given |= dict(teacher_hidden=torch.randn(N, D), teacher_weight=torch.randn(C, D))
+        self.given |= dict(num_samples=N, num_classes=C, num_epochs=3, end=0.5, decay=0.5, dataset=[1, 2])
+        self.given |= dict(targets=CachedTargets(N, C), discriminator=MLPDiscriminator(C), model=nn.Linear(2, 2))
+        self.given |= dict(terms={"kd": DeterministicKD()}, weights=None, dtype=torch.float32)
 
     def keep(self, x):
         self.objects.append(x)
@@ -137,116 +136,86 @@ class World:
     def state(self):
         return copy.deepcopy({f"{i}.{n}": x for i, y in enumerate(self.objects) for n, x in y.state_dict().items()})
 
+    def fitting(self, function, changed):
+        """Arguments for every parameter: those that fit, or what it is when left out."""
+        found = {}
+        for name, how in inspect.signature(function).parameters.items():
+            if how.kind == how.VAR_KEYWORD:
+                found |= self.step
+            elif how.default is how.empty or name in self.given:
+                found[name] = self.given.get(name)
+            else:
+                found[name] = how.default
+        return {name: x for name, x in (found | changed).items() if x is not ...}
+
 
 def conditional():
     return adversarial(Sees(C, 1), objective="relativistic", inputs="log_probs")
 
 
-METHOD = dict(num_samples=N, num_classes=C, num_epochs=2)
-SETTINGS = dict(temperature=2.0, reduction="none", class_dim=-1)
-OF_STORE = dict(num_samples=N, num_classes=C, dtype=torch.float32, device="cpu", path=None, process_group=None)
-PENALIZED = (
-    lambda: adversarial(penalty=GradientPenalty(), inputs="logits", reduction="none"),
-    lambda: adversarial(penalty=ZeroCenteredPenalty()),
-)
-CALLS = {  # name: the world -> (a function, arguments that fit)
-    "deterministic_kd": lambda w: (
-        deterministic_kd,
-        dict(**w.pair, temperature=2.0, divergence="forward_kl", beta=0.5, reduction="mean", class_dim=1),
-    ),
-    "deterministic_kd js": lambda w: (deterministic_kd, dict(**w.pair, divergence="js", beta=0.5)),
-    "progressive_kd": lambda w: (
-        progressive_kd,
-        dict(**w.ids, previous=w.p, target=w.y, alpha=torch.rand(N), known=w.y > 0, **SETTINGS) | dict(index=...),
-    ),
-    "progressive_kd soft": lambda w: (
-        progressive_kd,
-        dict(student_logits=w.s, previous=w.p, target=w.p.flip(0), alpha=0.5),
-    ),
-    "linear_deterministic_kd": lambda w: (
-        linear_deterministic_kd,
-        dict(**w.heads, temperature=2.0, mask=w.pair["mask"], reduction="mean"),
-    ),
-    "DeterministicKD": lambda w: (DeterministicKD, dict(**SETTINGS, divergence="js", beta=0.5)),
-    "DeterministicKD()": lambda w: (DeterministicKD(), w.pair),
-    "ProgressiveKD": lambda w: (ProgressiveKD, dict(**SETTINGS, targets=CachedTargets(N, C), alpha=0.5)),
-    "ProgressiveKD()": lambda w: (w.keep(progressive()), dict(**w.blended, target=w.y, mix_lambda=torch.rand(N))),
-    "ProgressiveKD() of an EMA": lambda w: (w.keep(progressive(EMATargets)), dict(**w.ids, target=w.p)),
-    "ProgressiveKD.update": lambda w: (w.keep(progressive()).update, w.ids),
-    "ProgressiveKD.update blended": lambda w: (w.keep(progressive()).update, w.blended),
-    "ProgressiveKD.advance_epoch": lambda w: (w.keep(progressive()).advance_epoch, dict(epoch=3)),
+def penalized(penalty=GradientPenalty(), **settings):  # noqa: B008
+    return adversarial(penalty=penalty, **settings)
+
+
+NO_CONDITION, UNBLENDED = dict(condition=None), dict(partner_index=None, mix_lambda=1.0)
+FUNCTIONS = (deterministic_kd, progressive_kd, linear_deterministic_kd)
+CLASSES = (DeterministicKD, ProgressiveKD, CachedTargets, EMATargets, MLPDiscriminator, LinearRamp, IndexedDataset)
+CLASSES += (GradientPenalty, ZeroCenteredPenalty, LossStack, AdversarialDistributionLoss)
+CALLS = {  # name: the world -> (a function, arguments that are not those of the world)
+    **{f.__name__: lambda w, f=f: (f, {}) for f in (*FUNCTIONS, *CLASSES)},
+    "deterministic_kd js": lambda w: (deterministic_kd, dict(divergence="js")),
+    "progressive_kd soft": lambda w: (progressive_kd, dict(target=w.given["probs"].flip(0), reduction="none")),
+    "progressive_kd each": lambda w: (progressive_kd, dict(alpha=torch.rand(N), temperature=2.0, class_dim=-1)),
+    "DeterministicKD()": lambda w: (DeterministicKD().forward, {}),
+    "ProgressiveKD()": lambda w: (w.keep(progressive()).forward, {}),
+    "ProgressiveKD() of an EMA": lambda w: (w.keep(progressive(EMATargets)).forward, UNBLENDED),
+    "ProgressiveKD.update": lambda w: (w.keep(progressive()).update, dict(partner_index=None)),
+    "ProgressiveKD.update blended": lambda w: (w.keep(progressive()).update, {}),
+    "ProgressiveKD.advance_epoch": lambda w: (w.keep(progressive()).advance_epoch, {}),
     # A path or device that the system refuses is its own error: of those here none is.
-    "CachedTargets": lambda w: (CachedTargets, dict(**OF_STORE, top_k=2)),
-    "EMATargets": lambda w: (EMATargets, dict(**OF_STORE, decay=0.5)),
-    "CachedTargets.read": lambda w: (w.keep(CachedTargets(N, C, top_k=2)).read, dict(index=w.i)),
-    "CachedTargets.write": lambda w: (
-        w.keep(CachedTargets(N, C, top_k=2)).write,
-        dict(index=w.i, probs=w.p),
-    ),
-    "EMATargets.write": lambda w: (w.keep(EMATargets(N, C)).write, dict(index=w.i, probs=w.p)),
-    "AdversarialDistributionLoss": lambda w: (
-        AdversarialDistributionLoss,
-        dict(
-            **dict(SETTINGS, discriminator=MLPDiscriminator(C), objective="hinge", inputs="logits"),
-            **dict(penalty=None, optimizer=None, process_group=None),
-        ),
-    ),
+    "CachedTargets of two": lambda w: (CachedTargets, dict(top_k=2, device="cpu")),
+    "CachedTargets.read": lambda w: (w.keep(CachedTargets(N, C, top_k=2)).read, {}),
+    "CachedTargets.write": lambda w: (w.keep(CachedTargets(N, C, top_k=2)).write, dict(keep=...)),
+    "EMATargets.write": lambda w: (w.keep(EMATargets(N, C)).write, dict(keep=...)),
     **{
-        f"AdversarialDistributionLoss.{method} {i}": lambda w, method=method, build=build: (
-            getattr(w.keep(build()), method),
-            dict(**w.pair, **({"condition": w.y} if build is conditional else {})),
+        f"AdversarialDistributionLoss.{method} {i}": lambda w, method=method, build=build, given=given: (
+            (getattr(w.keep(build()), method), given)
         )
         for method in ("forward", "discriminator_loss", "update")
-        for i, build in enumerate((conditional, *PENALIZED))
+        for i, (build, given) in enumerate(
+            (
+                (conditional, {}),
+                (partial(penalized, inputs="logits", reduction="none"), NO_CONDITION),
+                (partial(penalized, ZeroCenteredPenalty()), NO_CONDITION),
+            )
+        )
     },
-    "AdversarialDistributionLoss.update without condition": lambda w: (
-        w.keep(adversarial()).update,
-        dict(**w.pair, condition=None),
-    ),
-    "AdversarialObjective": lambda w: (AdversarialObjective, dict(discriminator=len, student=len, paired=True)),
-    "GradientPenalty": lambda w: (GradientPenalty, dict(weight=10.0)),
-    "ZeroCenteredPenalty": lambda w: (ZeroCenteredPenalty, dict(gamma=10.0)),
-    "MLPDiscriminator": lambda w: (MLPDiscriminator, dict(num_classes=C, hidden=(4,))),
-    "FrozenTeacher": lambda w: (FrozenTeacher, dict(model=nn.Linear(2, 2), copy=True)),
-    "LossStack": lambda w: (
-        LossStack,
-        dict(terms={"kd": DeterministicKD()}, weights={"kd": 0.5}, inputs={"kd": {"mask": None}}),
-    ),
-    "LossStack weights": lambda w: (lambda x: LossStack({"kd": DeterministicKD()}, weights={"kd": x}), dict(x=0.5)),
-    "LossStack inputs": lambda w: (lambda x: LossStack({"kd": DeterministicKD()}, inputs={"kd": x}), dict(x={})),
-    "LossStack()": lambda w: (w.keep(LossStack({"kd": DeterministicKD(), "b": progressive()})), w.all),
-    "LossStack.update": lambda w: (w.keep(LossStack({"p": progressive()})).update, w.all),
+    "AdversarialObjective": lambda w: (AdversarialObjective, dict(discriminator=len, student=len)),
+    "FrozenTeacher": lambda w: (FrozenTeacher, dict(copy=...)),
+    "LossStack weights": lambda w: (lambda x: LossStack(w.given["terms"], weights={"kd": x}), dict(x=0.5)),
+    "LossStack inputs": lambda w: (lambda x: LossStack(w.given["terms"], inputs={"kd": x}), dict(x={})),
+    "LossStack()": lambda w: (w.keep(LossStack({"kd": DeterministicKD(), "b": progressive()})).forward, {}),
+    "LossStack.update": lambda w: (w.keep(LossStack({"p": progressive()})).update, {}),
     "LossStack.advance_epoch": lambda w: (
         w.keep(LossStack({"p": progressive(), "a": adversarial()})).advance_epoch,
-        dict(epoch=None),
+        {},
     ),
-    "AIKDLoss": lambda w: (
-        AIKDLoss,
-        dict(
-            **dict(METHOD, temperature=2.0, alpha=0.5, weights={"adversarial": 0.5}, targets=None, discriminator=None),
-            **dict(objective="hinge", penalty=None, class_dim=1),
-        ),
-    ),
-    "AIKDLoss()": lambda w: (w.keep(AIKDLoss(**METHOD)), dict(**w.untrained, target=w.y, mix_lambda=None)),
-    "AIKDLoss.update": lambda w: (AIKDLoss(**METHOD).update, w.untrained),
-    "AIKDLoss.advance_epoch": lambda w: (w.keep(AIKDLoss(**METHOD)).advance_epoch, dict(epoch=1)),
-    "check_setup": lambda w: (
-        partial(check_setup, w.keep(AIKDLoss(**METHOD))),
-        dict(**w.untrained, target=w.y, optimizer=None),
-    ),
+    "AIKDLoss": lambda w: (AIKDLoss, dict(objective="hinge", learning_rate=...)),
+    "AIKDLoss()": lambda w: (w.keep(AIKDLoss(N, C, 2)).forward, dict(partner_index=None, condition=None)),
+    "AIKDLoss.update": lambda w: (AIKDLoss(N, C, 2).update, NO_CONDITION),
+    "AIKDLoss.advance_epoch": lambda w: (w.keep(AIKDLoss(N, C, 2)).advance_epoch, {}),
+    "check_setup": lambda w: (partial(check_setup, w.keep(AIKDLoss(N, C, 2))), dict(model=None)),
     "check_setup soft": lambda w: (
         partial(check_setup, w.keep(LossStack({"ce": nn.CrossEntropyLoss(), "p": progressive()}))),
-        dict(**w.ids, target=w.p),
+        dict(model=None, target=w.given["probs"], teacher_logits=...),
     ),
-    "IndexedDataset": lambda w: (IndexedDataset, dict(dataset=[1, 2])),
-    "IndexedDataset[]": lambda w: ((lambda index: IndexedDataset([1, 2])[index]), dict(index=1)),
+    "IndexedDataset[]": lambda w: ((lambda i: IndexedDataset([1, 2])[i]), dict(i=1)),
     "IndexedDataset of many": lambda w: ((lambda i: IndexedDataset([1, 2]).__getitems__([0, i])), dict(i=1)),
-    "LinearRamp": lambda w: (LinearRamp, dict(end=0.5, num_epochs=3, start=0.1)),
-    "LinearRamp()": lambda w: (LinearRamp(0.5, 3), dict(epoch=3)),
+    "LinearRamp()": lambda w: (LinearRamp(0.5, 3), {}),
     **{
         f"{type(x).__name__}.load_state_dict {len(x.state_dict())}": lambda w, x=x: (
             (lambda **state: w.keep(copy.deepcopy(x)).load_state_dict(state)),
-            dict(x.state_dict()),
+            dict.fromkeys(w.step, ...) | x.state_dict(),
         )
         for x in (CachedTargets(N, C, top_k=2), EMATargets(N, C), progressive(), adversarial())
     },
@@ -254,7 +223,7 @@ CALLS = {  # name: the world -> (a function, arguments that fit)
 OWN = (ValueError, TypeError, IndexError, RuntimeError)
 SENTENCE = re.compile(
     r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
-    r"|device\(\) received|device string|device when none|meta tensor|not a mapping"  # torch's own, which say what is wrong
+    r"|device\(\) received|device string|device when none|meta tensor|not implemented for|not a mapping"  # torch's own, which say what is wrong
 )
 
 
@@ -309,8 +278,8 @@ def test_a_strange_argument_gives_the_right_answer_or_a_sentence_and_an_error_ch
 ):
     monkeypatch.chdir(tmp_path)  # a path may be asked for
     world = World()
-    function, fitting = CALLS[call](world)
-    fitting = {name: x for name, x in fitting.items() if x is not ...}
+    function, other = CALLS[call](world)
+    fitting = world.fitting(function, other)
     arguments, equal = data.draw(changed(fitting), label="arguments")
     kept = {n: x.detach().clone() if isinstance(x, Tensor) and not x.is_nested else x for n, x in arguments.items()}
     pure = not re.search("update|write|advance|load", call)
