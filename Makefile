@@ -45,15 +45,16 @@ coverage: .venv/ready        ## every line and branch of src/ is run by a test, 
 soak: .venv/ready            ## long runs, kills, a store for ImageNet at full size; writes benchmarks/results/
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
-mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut; more than an hour; writes benchmarks/results/
+mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut, or of one file: ARGS="aikd_losses.stack.*"; writes benchmarks/results/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(or $(JOBS),1) $(foreach pattern,$(ARGS),'$(pattern)')
 	$(BIN)/python benchmarks/mutation.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
+	$(BIN)/python tools/weight.py
 
 types: .venv/ready
 	$(BIN)/mypy

@@ -52,10 +52,11 @@ def _run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[s
             ordered.append((turn if refusals > FEW else 0, len(ordered), name))
         elif (turn <= CASES or len(tests) <= MANY) and (len(tests) <= FEW or state().duration_by_test[name] <= SLOW):
             ordered.append((turn, len(ordered), name))
+    chosen = [_items[name] for *_, name in sorted(ordered)]
     with change_cwd("mutants"):
-        for *_, name in sorted(ordered):
-            _resume(_items[name].config)
-            if any(report.failed for report in runtestprotocol(_items[name], nextitem=None, log=False)):
+        for item, following in zip(chosen, [*chosen[1:], None], strict=True):  # fixtures of a module stay within it
+            _resume(item.config)
+            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                 return 1
     return 0
 

@@ -6,6 +6,8 @@ import datetime
 import json
 import re
 import statistics
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -144,6 +146,62 @@ def test_the_files_and_targets_that_contributing_names_are_there():
     package = ROOT / "src" / "aikd_losses"
     assert {place for place in places if not ((package / place).exists() or (ROOT / place).exists())} == set()
     assert {path.name for path in package.glob("*.py")} - {"__init__.py"} <= set(places)
+
+
+# ------------------------------------------------------------------------------------------------- what the library weighs
+
+SNIPPET = '''"""Two lines
+of a docstring."""
+
+import math  # code, whatever stands behind it
+
+
+def area(r):
+    """Not code."""
+    # nor this
+    text = """code,
+
+    also where it is empty"""
+    return (
+        math.pi * r**2
+    )
+'''
+
+
+def weighed(folder: Path) -> tuple[int, list[str]]:
+    command = [sys.executable, ROOT / "tools" / "weight.py", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_lines_of_code_are_neither_docstring_nor_comment_nor_blank(tmp_path):
+    (tmp_path / "snippet.py").write_text(SNIPPET)
+    code, said = weighed(tmp_path)
+    assert [line.split() for line in said[1:3]] == [["snippet.py", "15", "8", "260"], ["all", "15", "8", "2,900"]]
+    assert (code, said[3:]) == (0, ["within the budget"])
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"long.py": "#\n" * 261}, ["long.py has 261 lines, 1 too many"]),
+        ({"schedules.py": "#\n" * 100}, ["schedules.py has 100 lines, 25 too many"]),
+        ({f"{i}.py": "#\n" * 250 for i in range(12)}, ["all have 3,000 lines, 100 too many"]),
+        ({f"{i}.py": "x = 1\n" * 200 for i in range(10)}, ["all have 2,000 lines of code, 100 too many"]),
+    ],
+    ids=["any file", "a file with a budget", "lines", "code"],
+)
+def test_what_is_over_its_budget_is_named_and_fails(files, said, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, printed = weighed(tmp_path)
+    assert (code, printed[2 + len(files) :]) == (1, said)
+
+
+def test_every_budget_is_of_a_file_that_is_there():
+    names = re.findall(r'^    "(\w+\.py)": \d+,$', text("tools/weight.py"), re.MULTILINE)
+    assert sorted(names) == sorted(path.name for path in (ROOT / "src" / "aikd_losses").glob("*.py"))
 
 
 # ------------------------------------------------------------------------------------------------ what an import costs

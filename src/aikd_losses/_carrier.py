@@ -122,18 +122,15 @@ def _whole(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> bool:
 def _misfit(own: Tensor, saved: object, may_be_cast: bool) -> str | None:
     """Why `saved` cannot be loaded into `own`."""
     if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
-        kind = f"a tensor of layout {saved.layout}" if isinstance(saved, Tensor) else type(saved).__name__
-        return f"in the checkpoint must be a dense tensor; it is {kind}."
+        return f"in the checkpoint must be a dense tensor; it is {getattr(saved, 'layout', type(saved).__name__)}."
     if saved.is_meta and not own.is_meta:
         return "in the checkpoint must have values; it is on the meta device."
     if own.is_meta and not saved.is_meta:
         return "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-    if saved.shape != own.shape or not (saved.dtype == own.dtype or may_be_cast):
-        return (
-            f"in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is {own.dtype} of shape "
-            f"{tuple(own.shape)}. {_SAME_SETTINGS}"
-        )
-    return None
+    if saved.shape == own.shape and (saved.dtype == own.dtype or may_be_cast):
+        return None
+    there, here = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (saved, own))
+    return f"in the checkpoint is {there}; here it is {here}. {_SAME_SETTINGS}"
 
 
 def _moved(value: Tensor, fn: Any) -> Tensor:

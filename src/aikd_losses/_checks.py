@@ -232,17 +232,6 @@ def share(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Ten
     return x.to(like)
 
 
-def condition(value: object, shape: tuple[int, ...], student_logits: Tensor) -> Tensor:
-    """A row a position, where the logits are: the positions' shape, then any axes."""
-    x = tensor("condition", value)
-    same_device("condition", x, "student_logits", student_logits)
-    if tuple(x.shape[: len(shape)]) != shape:
-        raise ValueError(
-            f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(x.shape)}."
-        )
-    return x
-
-
 def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None) -> None:
     """Rows of probabilities, (N, C): checked to be some, where that is free, within what bfloat16 rounds."""
     x = shaped(name, floating(name, value), shape, "must have the shape (N, C) = ")

@@ -15,6 +15,7 @@ Classes are on the last axis. float32 at least. All can be compiled, transformed
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -102,3 +103,10 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype) for x in tensors]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """What is computed here needs the precision; not every device has autocast."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks, functional
-from ._owned import Owner, no_autocast
-from .discriminators import MLPDiscriminator
+from ._divergences import no_autocast
+from ._owned import Owner
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
 
@@ -53,13 +53,14 @@ class AdversarialDistributionLoss(Owner):
     the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
     discriminator as a row. Returns a scalar or, with `"none"`, a value a position.
 
-    State: the discriminator and what its optimizer keeps (`optimizer.*`) are in `state_dict()`, though not in
-    `parameters()`, `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone
-    changes them; it may come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator
-    and `discriminator_loss` none on the logits. Under `torch.distributed` the first `update` takes rank 0's
-    discriminator, and every `update` the gradient of all ranks' rows.
+    State: the discriminator and what its optimizer keeps (`optimizer.*`) are in `state_dict()`, though not in `parameters()`,
+    `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone changes them; it may
+    come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator and `discriminator_loss`
+    none on the logits. Under `torch.distributed` the first `update` takes rank 0's discriminator, and every `update` the
+    gradient of all ranks' rows.
 
-    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape.
+    Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape;
+    `RuntimeError` for an `update` in eval mode or without an `optimizer`.
 
     >>> discriminator = MLPDiscriminator(num_classes=3)
     >>> adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
@@ -93,10 +94,6 @@ class AdversarialDistributionLoss(Owner):
         super().__init__(discriminator, optimizer, process_group)
         if not isinstance(objective, AdversarialObjective):
             objective = OBJECTIVES[_checks.choice("objective", objective, OBJECTIVES)]
-        if penalty is not None and (isinstance(penalty, type) or not callable(penalty)):
-            raise TypeError(
-                f"`penalty` must be None, GradientPenalty(...), ZeroCenteredPenalty(...) or callable; got {penalty!r}."
-            )
         self.objective = objective
         self.inputs = _checks.choice("inputs", inputs, INPUTS)
         self.temperature = _checks.temperature(temperature)
@@ -124,8 +121,6 @@ class AdversarialDistributionLoss(Owner):
             if self.objective.paired:
                 of_teacher = score(self._seen(functional.rows(teacher_logits.detach(), axis, mask)))
             values = self.objective.student(score(student), of_teacher)
-            if not values.requires_grad:  # a discriminator that looks at nothing: 0 with a graph
-                values = values + 0.0 * student.sum(-1)
         values = values.unflatten(0, _checks.positions(student_logits, axis))
         return functional.reduce_positions(values, mask, self.reduction)
 
@@ -145,8 +140,7 @@ class AdversarialDistributionLoss(Owner):
     ) -> Tensor:
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
         axis, condition = self._check(student_logits, teacher_logits, mask, condition)
-        grad = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), no_autocast(student_logits):
+        with torch.inference_mode(False), no_autocast(student_logits):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
             both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
             values, _ = self._values(buffers, self._seen(both), condition)
@@ -163,11 +157,10 @@ class AdversarialDistributionLoss(Owner):
     ) -> Tensor:
         """One step of the discriminator; returns its loss before the step, detached.
 
-        Anywhere after the forward call of the same step. Rows with NaN or +inf on either side are left out. RuntimeError
-        in eval mode and without an `optimizer`.
+        Anywhere after the forward call of the same step. Rows without a softmax on either side (NaN, +inf) are left out.
         """
         axis, condition = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
-        self._before_step()
+        self._take_first_ranks()
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(student_logits):
             both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
             finite = functional.finite_rows(both)
@@ -178,6 +171,11 @@ class AdversarialDistributionLoss(Owner):
             loss, norm = self._step(values, counts.flatten())
         self._last_step = {"loss": loss, "norm": norm, "lead": lead.detach(), "counts": counts.flatten()}
         return loss
+
+    def _check_update(self, *tensors: Tensor, **named: Any) -> tuple[int, Tensor | None]:
+        """Refuse whatever `update` refuses; gives what `_check` does."""
+        self._refuse_to_step()
+        return self._check(*tensors, **named)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
@@ -217,7 +215,11 @@ class AdversarialDistributionLoss(Owner):
         return x.to(torch.promote_types(next(self.discriminator.parameters(), x).dtype, torch.float32))
 
     def _check(
-        self, student_logits: Tensor, teacher_logits: Tensor, mask: Any = None, condition: Any = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[int, Tensor | None]:
         """The class axis, and the condition as a row a position, without what a mask hides."""
         axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
@@ -227,19 +229,13 @@ class AdversarialDistributionLoss(Owner):
                 f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
                 f"the loss with `.to({str(student_logits.device)!r})`."
             )
-        ours = isinstance(self.discriminator, MLPDiscriminator)  # whose forward would refuse too late for an `update`
-        if ours and student_logits.shape[axis] != self.discriminator.num_classes:
-            raise ValueError(
-                f"`student_logits` must have the {self.discriminator.num_classes} classes of the discriminator on axis {axis}; "
-                f"got shape {tuple(student_logits.shape)}."
-            )
         if condition is None:
             return axis, None
         shape = _checks.positions(student_logits, axis)
-        condition = _checks.condition(condition, shape, student_logits)
-        if ours:
-            raise TypeError(
-                "`condition` needs a discriminator that takes one, `forward(x, condition)`; MLPDiscriminator does not."
+        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", student_logits)
+        if condition.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(condition.shape)}."
             )
         if mask is not None:
             condition = condition.masked_fill(~mask.reshape(*shape, *[1] * (condition.ndim - len(shape))), 0)
@@ -248,9 +244,11 @@ class AdversarialDistributionLoss(Owner):
     def extra_repr(self) -> str:
         objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
         count = sum(p.numel() for p in self.discriminator.parameters())
+        rates = [] if self.optimizer is None else [f"{float(group['lr']):g}" for group in self.optimizer.param_groups]
+        optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}(lr={', '.join(rates)})"
         return (
             f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
             f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()}), {count:,} parameters\n"
-            f"penalty={called(self.penalty)}, optimizer={self._optimizer_shown()}"
+            f"penalty={called(self.penalty)}, optimizer={optimizer}"
         )

@@ -112,7 +112,7 @@ class AIKDLoss(LossStack):
             terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
         )
 
-    if TYPE_CHECKING:  # the tensors of the three terms, spelled out for editors; one dict serves both
+    if TYPE_CHECKING:  # the tensors of the three terms, spelled out for editors
 
         def __call__(  # type: ignore[override]
             self,
@@ -126,16 +126,3 @@ class AIKDLoss(LossStack):
             partner_index: Tensor | None = None,
             mix_lambda: float | Tensor | None = None,
         ) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-        def update(  # type: ignore[override]
-            self,
-            *,
-            student_logits: Tensor,
-            teacher_logits: Tensor,
-            index: Tensor | None,
-            target: Tensor | None = None,
-            mask: Tensor | None = None,
-            condition: Tensor | None = None,
-            partner_index: Tensor | None = None,
-            mix_lambda: float | Tensor | None = None,
-        ) -> None: ...

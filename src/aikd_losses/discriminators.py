@@ -44,6 +44,7 @@ class MLPDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
+        _checks.shaped("x", x, (len(x), self.num_classes), "must have the shape (N, C) = ")
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
 

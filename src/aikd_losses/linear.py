@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergences import divergence_rows, kl_with_gradient, wide
+from ._divergences import divergence_rows, kl_with_gradient, no_autocast, wide
 from ._fused import Slopes, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
@@ -51,19 +51,14 @@ def linear_deterministic_kd(
     """
     temperature = _checks.temperature(temperature)
     _checks.choice("reduction", reduction, ("mean", "sum"))
-    _check_head("student", student_hidden, student_weight, student_bias)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    axis = student_hidden.ndim - 1
+    _checks.mask(mask, _checks.floating("student_hidden", student_hidden), axis)
     for name, mine, other in (
-        ("teacher_hidden", teacher_hidden.shape[:-1], student_hidden.shape[:-1]),
-        ("teacher_weight", teacher_weight.shape[:1], student_weight.shape[:1]),
+        ("positions", _checks.floating("teacher_hidden", teacher_hidden).shape[:-1], student_hidden.shape[:-1]),
+        ("classes", teacher_weight.shape[:1], student_weight.shape[:1]),
     ):
         if mine != other:
-            raise ValueError(
-                f"`{name}` must have the {'positions' if 'hidden' in name else 'classes'} of the student, {tuple(other)}; got "
-                f"{tuple(mine)}."
-            )
-    _checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    _checks.mask(mask, student_hidden, student_hidden.ndim - 1)
+            raise ValueError(f"The teacher must have the {name} of the student, {tuple(other)}; got {tuple(mine)}.")
     positions = student_hidden.shape[:-1]
     counts = student_hidden.new_ones(positions, dtype=torch.bool) if mask is None else mask
     heads = []
@@ -77,7 +72,7 @@ def linear_deterministic_kd(
             weight,
             weight.new_zeros(len(weight)) if bias is None else bias,
         ]
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with no_autocast(student_hidden):
         total = with_its_gradient(
             partial(_plain, temperature), partial(_blocks, temperature), 3, *heads, counts.flatten()
         )
@@ -117,20 +112,3 @@ def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor,
             slopes[1].addmm_(slope.t(), h_all[rows])
             slopes[2].add_(slope.sum(0))
     return total, slopes
-
-
-def _check_head(name: str, hidden: object, weight: object, bias: object) -> None:
-    """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
-    h, w = _checks.floating(f"{name}_hidden", hidden), _checks.floating(f"{name}_weight", weight)
-    given = {f"{name}_weight": w}
-    if bias is not None:
-        given[f"{name}_bias"] = _checks.floating(f"{name}_bias", bias)
-    for which, x in given.items():
-        _checks.same_device(which, x, f"{name}_hidden", h)
-    if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
-        raise ValueError(
-            f"`{name}_weight` must be (C, D) with at least 2 classes for `{name}_hidden` of shape (*, D); got "
-            f"{tuple(w.shape)} and {tuple(h.shape)}."
-        )
-    if bias is not None and given[f"{name}_bias"].shape != w.shape[:1]:
-        raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")

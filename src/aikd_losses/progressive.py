@@ -84,7 +84,7 @@ class ProgressiveKD(Carrier):
                 f"advance_epoch(); got {targets!r}."
             )
         self.targets = targets
-        self.alpha_schedule = schedules.check("alpha", alpha, 1.0)
+        self.alpha_schedule = alpha
         self.temperature = _checks.temperature(temperature)
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
@@ -191,7 +191,7 @@ class ProgressiveKD(Carrier):
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
 
     def advance_epoch(self, epoch: int | None = None) -> None:

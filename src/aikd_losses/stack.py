@@ -75,9 +75,7 @@ class LossStack(Carrier):
             check_term(name, term)
         check_names("weights", weights, terms)
         check_names("inputs", inputs, terms)
-        self.weights: dict[str, Schedule] = {
-            name: schedules.check(f"weights[{name!r}]", (weights or {}).get(name, 1.0), math.inf) for name in terms
-        }
+        self.weights: dict[str, Schedule] = {name: (weights or {}).get(name, 1.0) for name in terms}
         for name, renamed in (inputs or {}).items():
             if not isinstance(renamed, Mapping) or not all(isinstance(x, str | None) for x in renamed.values()):
                 raise TypeError(
