@@ -17,34 +17,26 @@ network over-fits less, validation showed no gain; with the adversarial term at 
 
 from __future__ import annotations
 
-import gzip
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _data import read
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from aikd_losses import AIKDLoss, CachedTargets, FrozenTeacher, MLPDiscriminator
 
-DATA = Path(__file__).parent / "data" / "fashion-mnist-mini"
 CLASSES, IGNORED = 11, -100  # background and ten garments; the label of a pixel that does not count
 TRAIN, VALIDATION, TEST, WRONG = 16, 200, 1000, 0.3  # scenes, and the share of garments with a random label in training
 EPOCHS, BATCH = 100, 4
 
 
-def read(name: str, header: int) -> Tensor:
-    content = bytearray(gzip.decompress((DATA / f"{name}-ubyte.gz").read_bytes()))
-    return torch.frombuffer(content, dtype=torch.uint8, offset=header)
-
-
-def scenes(part: str, start: int, count: int, wrong: float = 0.0) -> tuple[Tensor, Tensor]:
+def scenes(images: Tensor, labels: Tensor, start: int, count: int, wrong: float = 0.0) -> tuple[Tensor, Tensor]:
     """Scenes of 2 x 2 garments, `(count, 1, 28, 28)`, and the class of each pixel, `(count, 28, 28)`."""
-    images, labels = read(f"{part}-images-idx3", 16).view(-1, 28, 28), read(f"{part}-labels-idx1", 8).long()
     generator = torch.Generator().manual_seed(0)  # the data are the same for every seed
     chosen = torch.randperm(len(labels), generator=generator)[4 * start : 4 * (start + count)]
-    garments = F.avg_pool2d(images[chosen].float() / 255, 2)
+    garments = F.avg_pool2d(images[chosen, 0].float() / 255, 2)
     random_labels = torch.randint(10, (len(chosen),), generator=generator)
     named = torch.where(torch.rand(len(chosen), generator=generator) < wrong, random_labels, labels[chosen])
     classes = torch.where(garments > 0.25, named[:, None, None] + 1, 0)
@@ -107,10 +99,12 @@ def train(x: Tensor, y: Tensor, teacher: nn.Module | None = None) -> nn.Module:
 def main() -> None:
     torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     torch.set_num_threads(1)
-    x, y = scenes("train", 0, TRAIN, WRONG)
+    *train_part, test_images, test_labels = read("fashion-mnist-mini")
+    x, y = scenes(*train_part, 0, TRAIN, WRONG)
     pretrained = train(x, y)
     student = train(x, y, FrozenTeacher(pretrained))
-    for part, (x, y) in [("validation", scenes("train", TRAIN, VALIDATION)), ("test", scenes("t10k", 0, TEST))]:
+    validation, test = scenes(*train_part, TRAIN, VALIDATION), scenes(test_images, test_labels, 0, TEST)
+    for part, (x, y) in ("validation", validation), ("test", test):
         plain, ours, nothing = mean_iou(predict(pretrained, x), y), mean_iou(predict(student, x), y), mean_iou(y * 0, y)
         print(f"{part} mIoU: all background {nothing:.2f}, pre-trained {plain:.2f}, student {ours:.2f}")
 

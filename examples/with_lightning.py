@@ -17,7 +17,7 @@ import warnings
 
 import lightning as L
 import torch
-from _images import BATCH_SIZE, EPOCHS, SGD, WRONG_LABELS, new_model, pretrained_model, report, test_set, train_set
+from _loops import BATCH_SIZE, EPOCHS, SGD, new_model, pretrained_model, report, test_set, train_set
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ class Student(L.LightningModule):
         super().__init__()
         self.model = new_model()
         self.teacher = FrozenTeacher(pretrained)
-        self.criterion = AIKDLoss(num_samples=num_samples, num_classes=10, num_epochs=EPOCHS, **WRONG_LABELS)
+        self.criterion = AIKDLoss(num_samples=num_samples, num_classes=10, num_epochs=EPOCHS)
 
     def training_step(self, batch, batch_idx):
         x, y, index = batch
