@@ -231,6 +231,9 @@ class AdversarialDistributionLoss(Carrier):
             self._step, self.optimizer, student_logits.detach(), teacher_logits.detach(), axis, mask, condition
         )
 
+    def _check_update(self, *args: Any, **kwargs: Any) -> None:
+        self._planned_update(*args, **kwargs)
+
     def _step(
         self,
         optimizer: torch.optim.Optimizer,

@@ -206,6 +206,9 @@ class ProgressiveKD(Carrier):
             _checks.has_values("student_logits", student_logits, self.targets.known.device)
         return partial(self._remember, student_logits.detach(), axis, index, mask)
 
+    def _check_update(self, *args: Any, **kwargs: Any) -> None:
+        self._planned_update(*args, **kwargs)
+
     @torch.no_grad()
     def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
         logits = functional.rows(student_logits, axis, mask)
