@@ -70,7 +70,9 @@ class World:
 
 
 class Own(nn.Module):
-    """A term from a function of the logits."""
+    """A term from a function of the logits, which calls other things `class_dim` and `reduction`."""
+
+    class_dim, reduction = (2, 3), ["mean"]
 
     def __init__(self, function):
         super().__init__()
@@ -308,16 +310,13 @@ GOOD = {
     and w.report(optimizer=torch.optim.SGD([w.model.weight], lr=0.1)),
     "a teacher that is asleep": lambda w: w.report(teacher=w.pretrained.eval()),
     "a teacher that cannot be woken": lambda w: w.teacher.train() and w.report(),
-    "a module of one's own that calls other things class_dim": lambda w: w.of_term(odd_module()),
+    "a term of one's own": lambda w: w.of_term(Own(lambda s: s.square().mean())),
+    "evaluation": lambda w: w.model.eval() and w.report(LossStack({"kd": DeterministicKD()}).eval()),
     "other tensors": lambda w: check_setup(LossStack({"hidden": Hidden()}), hidden=torch.randn(5, 3)),
+    "classes at -100": lambda w: w.report(student_logits=changed_row(w.s, 0, torch.tensor([-100.0, 0.0, 1.0, 2.0]))),
+    "scores for a target": lambda w: w.report(nn.MSELoss(), target=-1e3 + 0 * w.t, without=["teacher_logits", "index"]),
     "no batch": lambda w: check_setup(DeterministicKD(), student_logits=w.s[:0], teacher_logits=w.t[:0], target=w.y[:0]),
 }  # fmt: skip
-
-
-def odd_module():
-    own = Own(lambda s: s.square().mean())
-    own.class_dim, own.reduction = (2, 3), ["mean"]
-    return own
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -455,8 +454,21 @@ def test_cross_entropy_is_that_of_the_positions_that_count(reduction, kind):
 
 
 def test_a_value_a_position_counts_as_their_mean(world):
-    one, each = (world.report(DeterministicKD(reduction=r), without=["index"]).terms[0] for r in ("mean", "none"))
-    assert one == pytest.approx(each)
+    one, each = (world.report(DeterministicKD(reduction=r), without=["index"]) for r in ("mean", "none"))
+    assert one.terms[0] == pytest.approx(each.terms[0])
+    assert each.ok
+
+
+def test_several_labels_have_no_cross_entropy_to_compare_with(world):
+    report = GOOD["several labels"](world)
+    assert [row.name for row in report.terms] == ["BCEWithLogitsLoss"]
+
+
+def test_logits_of_inference_have_no_graph_and_are_looked_at(world):
+    with torch.inference_mode():
+        s = world.s
+    report = world.report(DeterministicKD(), student_logits=s, without=["index"])
+    assert [(f.severity, f.where) for f in report.findings] == [("error", "student_logits")]
 
 
 def test_a_report_is_printed_as_a_table_the_state_and_sentences_the_worst_first():

@@ -62,7 +62,7 @@ def check_setup(
                 f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer of torch; got {given!r}."
             )
     cuda = {x.device for x in tensors.values() if isinstance(x, Tensor) and x.is_cuda}
-    with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.inference_mode(False):  # with gradients
         step = _Step(getattr(criterion, "_orig_mod", criterion), tensors)  # torch.compile's; there is no public name
         seen = [*step.of_terms(), *step.of_states(), *step.of_batch(), *step.of_modules(model, teacher, optimizer)]
         findings = [
@@ -171,20 +171,21 @@ class _Step:
     def of_batch(self) -> Seen:
         if not self.rows:
             return
-        student, target = self.rows["student_logits"], self.rows.get("target")
-        soft = target is not None and target.is_floating_point()
-        if soft and any(isinstance(term, LABELLED) for term in self.terms.values()):  # others can be of several labels
-            yield "target", SimpleNamespace(rows=target)
+        student, target, index = self.rows["student_logits"], self.rows.get("target"), self.rows.get("index")
+        labels, count = target if target is not None and target.ndim == 1 else None, len(student)
+        if target is not labels and any(isinstance(term, LABELLED) for term in self.terms.values()):
+            yield "target", SimpleNamespace(rows=target)  # to other terms it may be of several labels
         masked = any(hasattr(term, "class_dim") for term in self.terms.values())  # torch's losses look at no mask
-        labels = target if masked and target is not None else student
-        yield "mask", SimpleNamespace(count=len(student), positions=self.positions, labels=labels)
-        yield "index", SimpleNamespace(count=len(student), ids=self.rows.get("index", torch.empty(0)))
+        ignored = 0 if labels is None or not masked else int((labels == -100).sum())
+        yield "mask", SimpleNamespace(count=count, positions=self.positions, ignored=ignored)
+        if index is not None and index.ndim == 1:
+            yield "index", SimpleNamespace(count=count, ids=index)
         for name, rows in self.rows.items():
             teacher = any(self.given[name] is given for given in self.teachers)
-            if len(rows) and (teacher or name == "student_logits"):
-                x = SimpleNamespace(name=name, rows=rows, count=len(rows), teacher=teacher, student=student)
+            if count and rows.ndim == 2 and (teacher or name == "student_logits"):
+                x = SimpleNamespace(name=name, rows=rows, count=count, teacher=teacher, student=student)
                 x.graph = self.given[name].requires_grad
-                x.of_labels = 0.0 if target is None else math.exp(-cross_entropy(*_labelled(rows, target)))
+                x.of_labels = 0.0 if labels is None else math.exp(-cross_entropy(*_labelled(rows, labels)))
                 yield "scores", x
 
     def of_modules(
@@ -193,18 +194,17 @@ class _Step:
         terms = self.terms.values()
         inner = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
-        modules = [] if inner is None else list(inner.modules())
-        yield (
-            "teacher",
-            SimpleNamespace(modules=modules, parameters=_parameters(inner), student=_parameters(model) | held),
-        )
+        x = SimpleNamespace(parameters=_parameters(inner), student=_parameters(model) | held)
+        x.awake = sum(module.training for module in inner.modules()) if inner is not None else 0
+        yield "teacher", x
         asleep = model is not None and not model.training and any(term.training for term in terms)
         yield "model", SimpleNamespace(asleep=asleep)
         if optimizer is not None:
-            adversary = _parameters(*(getattr(term, "discriminator", None) for term in terms))
+            adversaries = (term.discriminator for term in terms if isinstance(term, AdversarialDistributionLoss))
             own = (term for term in terms if not isinstance(term, ProgressiveKD))  # a store's are written by `update`
             wanted = _parameters(model, *own, trainable=True)
-            yield "optimizer", SimpleNamespace(held=held, adversary=adversary, wanted=wanted, count=len(wanted))
+            x = SimpleNamespace(held=held, adversary=_parameters(*adversaries), wanted=wanted, count=len(wanted))
+            yield "optimizer", x
 
 
 def _refusal(function: Callable[..., object], *arguments: Any) -> str | None:
@@ -236,9 +236,9 @@ def _check_range(term: nn.Module, given: Mapping[str, Any]) -> None:
 
 
 def _labelled(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies, without the rows whose label is no class."""
+    """Without those whose label is no class."""
     if target.is_floating_point():
-        return rows.clone(), target
+        return rows, target
     fits = (target >= 0) & (target < rows.shape[-1])
     return rows[fits], target[fits]
 

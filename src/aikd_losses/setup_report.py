@@ -61,15 +61,13 @@ RULES: dict[tuple[str, str, Callable[[Any], object]], str] = {
     ("target", "error", lambda x: not distributions(x.rows)): """it is floating and so must hold class probabilities,
         but its rows do not sum to 1. Pass a softmax, or class indices (int64).""",
     ("mask", "warning", lambda x: x.positions and not x.count): "it leaves out every position. True = counts.",
-    ("mask", "warning", lambda x: int((x.labels == -100).sum())): """{it} of the {count} positions that count have
-        target -100, which is no class. Is it inverted, or missing? Pass `mask=target != -100`. (Without labels a teacher can
-        still be matched.)""",
+    ("mask", "warning", lambda x: x.ignored): """{it} of the {count} positions that count have target -100, which is no
+        class. Is it inverted, or missing? Pass `mask=target != -100`. (Without labels a teacher can still be matched.)""",
     ("index", "warning", lambda x: len(x.ids) - len(x.ids.unique())): """{it} of {count} ids repeat others, and of equal
         ids the last is remembered. Each sample (or position) needs its own, as `IndexedDataset` gives it. (Sampling with
         replacement does this too.)""",
-    ("teacher", "error", lambda x: sum(module.training for module in x.modules)): """it is in train mode ({it} of its
-        modules), with dropout on and batch norm drifting, where it has them. Use `FrozenTeacher(model)`, or call
-        `teacher.eval()` after every `train()`.""",
+    ("teacher", "error", lambda x: x.awake): """it is in train mode ({it} of its modules), with dropout on and batch
+        norm drifting, where it has them. Use `FrozenTeacher(model)`, or call `teacher.eval()` after every `train()`.""",
     ("teacher", "error", lambda x: len(x.parameters & x.student)): """it shares {it} parameters with `model` or its
         optimizer, and so moves with the student. Use `FrozenTeacher(model)`, which keeps a copy.""",
     ("model", "warning", lambda x: x.asleep): "it is in eval mode, the criterion in train mode. Call `model.train()`.",
