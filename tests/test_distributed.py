@@ -225,17 +225,6 @@ def test_of_ranks_that_share_a_file_one_writes_it_and_none_goes_on_before(on_ran
     assert on_ranks(work, 4) == [(wrote, [0, 1, 2, 0]) for wrote in (True, False, True, False)]
 
 
-def test_some_ranks_may_have_a_file_and_others_none(on_ranks, tmp_path):
-    def work(rank):
-        store = CachedTargets(N, C, path=tmp_path / "rows" if rank == 1 else None)
-        for epoch in range(2):
-            store.write(torch.tensor([rank]), torch.eye(C)[[(rank + epoch) % C]])
-            store.advance_epoch()
-        return store.read(torch.arange(4))[0].tolist()
-
-    assert on_ranks(work, 3) == [[*torch.eye(C)[[1, 2, 0]].tolist(), [0.0] * C]] * 3
-
-
 def test_a_sampler_that_pads_with_duplicates_leaves_the_same_rows_on_all_ranks(on_ranks):
     def work(rank):
         stores = CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=1)
@@ -316,50 +305,13 @@ def test_a_process_group_is_one_that_this_process_belongs_to(on_ranks):
     assert on_ranks(work) == [(2, 0), (2, 0)]
 
 
-def uneven(rank):
+def uneven(chunk_bytes):
     """Rank 0 writes three rows, rank 1 five, one of which rank 0 has written too; in epoch 2 rank 1 writes nothing."""
-    results = []
-    for store in (CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=2)):
-        written = {0: [0, 1, 2], 1: [2, 9, 11, 13, 15]}[rank]
-        store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
-        store.advance_epoch()
-        if rank == 0:
-            store.write(torch.tensor([15]), torch.eye(C)[[2]])
-        store.advance_epoch()
-        results.append(store.read(torch.arange(N)))
-    return results
 
-
-def test_uneven_ranks_and_one_that_wrote_nothing_exchange_their_rows(on_ranks):
-    first, second = on_ranks(uneven)
-    for (probs, known), (other_probs, other_known), ema in zip(first, second, (False, True, False), strict=True):
-        assert torch.equal(probs, other_probs)
-        assert torch.equal(known, other_known)
-        assert known.nonzero().flatten().tolist() == [0, 1, 2, 9, 11, 13, 15]
-        assert probs[[0, 1]].argmax(-1).tolist() == [0, 0]
-        assert probs[[2, 9, 11, 13]].argmax(-1).tolist() == [1, 1, 1, 1]  # of two ranks the higher one wins
-        assert probs[15].tolist() == ([0, 0.5, 0.5] if ema else [0, 0, 1])
-
-
-def chunked(rank):
-    from aikd_losses import _distributed
-
-    _distributed.CHUNK_BYTES = 1  # a row at a time
-    return uneven(rank)
-
-
-def test_a_chunked_exchange_is_the_same(on_ranks):
-    (first, _), (second, _) = on_ranks(uneven), on_ranks(chunked)
-    for (probs, known), (other_probs, other_known) in zip(first, second, strict=True):
-        assert torch.equal(probs, other_probs)
-        assert torch.equal(known, other_known)
-
-
-def within(chunk_bytes):
     def work(rank):
-        from aikd_losses import _distributed
+        from aikd_losses import _ranks
 
-        _distributed.CHUNK_BYTES = chunk_bytes
+        _ranks.CHUNK_BYTES = chunk_bytes
         received, all_gather = [], dist.all_gather
 
         def counting(tensors, *args, **kwargs):
@@ -367,22 +319,36 @@ def within(chunk_bytes):
             all_gather(tensors, *args, **kwargs)
 
         dist.all_gather = counting
-        store = CachedTargets(N, C)
-        written = [0, 1, 2] if rank == 0 else [2, 9, 11, 13, 15]
-        store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
-        store.advance_epoch()
-        return received
+        results = []
+        for store in (CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=2)):
+            written = {0: [0, 1, 2], 1: [2, 9, 11, 13, 15]}[rank]
+            store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
+            store.advance_epoch()
+            if not results:
+                dist.all_gather = all_gather
+            if rank == 0:
+                store.write(torch.tensor([15]), torch.eye(C)[[2]])
+            store.advance_epoch()
+            results.append(store.read(torch.arange(N)))
+        return results, received
 
     return work
 
 
-@pytest.mark.parametrize(("chunk_bytes", "lengths"), [(1, [1, 1, 1, 1, 1]), (60, [2, 2, 1]), (149, [4, 1]), (150, [5])])
-def test_what_is_received_at_a_time_is_bounded_and_sent_in_as_few_chunks_as_that_allows(chunk_bytes, lengths, on_ranks):
-    # A row: the id (8 bytes), three classes in float16 (6) and whether it is known (1), from each of two ranks.
-    expected = [8, 8] + [
-        length * size for length in lengths for size in (8, 6, 1)
-    ]  # first which file, and how many rows
-    assert on_ranks(within(chunk_bytes)) == [expected, expected]
+@pytest.mark.parametrize(
+    ("chunk_bytes", "lengths"), [(1, [1, 1, 1, 1, 1]), (60, [2, 2, 1]), (149, [4, 1]), (150, [5]), (2**26, [5])]
+)
+def test_uneven_ranks_and_one_that_wrote_nothing_exchange_their_rows_in_chunks(chunk_bytes, lengths, on_ranks):
+    (first, received), (second, other_received) = on_ranks(uneven(chunk_bytes))
+    for (probs, known), (other_probs, other_known), ema in zip(first, second, (False, True, False), strict=True):
+        assert torch.equal(probs, other_probs)
+        assert torch.equal(known, other_known)
+        assert known.nonzero().flatten().tolist() == [0, 1, 2, 9, 11, 13, 15]
+        assert probs[[0, 1]].argmax(-1).tolist() == [0, 0]
+        assert probs[[2, 9, 11, 13]].argmax(-1).tolist() == [1, 1, 1, 1]  # of two ranks the higher one wins
+        assert probs[15].tolist() == ([0, 0.5, 0.5] if ema else [0, 0, 1])
+    # First which file and how many rows. A row: the id (8 bytes), three classes in float16 (6) and whether it is known (1).
+    assert received == other_received == [8, 8] + [length * size for length in lengths for size in (8, 6, 1)]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +365,7 @@ def test_what_is_on_the_cpu_goes_through_the_gpu_where_the_backend_knows_no_othe
     backend, device, sent, monkeypatch
 ):
     """With a stand-in for the tensor, as there is no GPU here."""
-    from aikd_losses._distributed import Ranks
+    from aikd_losses._ranks import Ranks
 
     class Stored:
         def __init__(self, device):
@@ -440,38 +406,33 @@ def test_ranks_with_unequal_batches_take_the_step_of_the_joint_one(on_ranks):
         assert torch.equal(first[name], second[name])
 
 
-def in_one_file(path):
-    """Each rank writes rows of its own, and one that both write, into the file that they share."""
+@pytest.mark.parametrize("where", ["one", "each", "some"])
+def test_ranks_that_share_a_file_or_have_one_each_or_none_all_hold_what_both_wrote(where, on_ranks, tmp_path):
+    """Each rank writes rows of its own, and one that both write."""
 
     def work(rank):
+        path = {"one": tmp_path / "rows", "each": tmp_path / f"rows {rank}", "some": [None, tmp_path / "rows"][rank]}[
+            where
+        ]
         store = CachedTargets(N, C, path=path)
         seen = []
         for epoch in range(3):
-            written = [epoch, 8 + rank]
-            store.write(torch.tensor(written), torch.eye(C)[[(rank + epoch) % C] * 2])
+            store.write(torch.tensor([epoch, 8 + rank]), torch.eye(C)[[(rank + epoch) % C] * 2])
             store.advance_epoch()
             dist.barrier()
             seen.append(tuple(x.clone() for x in store.read(torch.arange(N))))
-            seen.append(int(store._file._state))
+            assert path is None or path.read_bytes()[4080:4096] == bytes(16)  # nobody is writing
             dist.barrier()
         return seen
 
-    return work
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_ranks_that_share_a_file_or_have_one_each_all_hold_what_both_wrote(shared, on_ranks, tmp_path):
-    if shared:
-        first, second = on_ranks(in_one_file(tmp_path / "rows"))
-    else:
-        first, second = on_ranks(lambda rank: in_one_file(tmp_path / f"rows {rank}")(rank))
-    for epoch in range(3):
-        for probs, known in (first[2 * epoch], second[2 * epoch]):
+    first, second = on_ranks(work)
+    for epoch, reads in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(reads[0][0], reads[1][0])
+        for probs, known in reads:
             assert known.nonzero().flatten().tolist() == [*range(epoch + 1), 8, 9]
             assert probs[[8, 9]].argmax(-1).tolist() == [epoch % C, (1 + epoch) % C]
-        assert torch.equal(first[2 * epoch][0], second[2 * epoch][0])
-        assert first[2 * epoch + 1] == second[2 * epoch + 1] == 0  # whole
-    assert CachedTargets(N, C, path=tmp_path / ("rows" if shared else "rows 1")).read(torch.arange(3))[1].all()
+    for path in tmp_path.glob("rows*"):
+        assert CachedTargets(N, C, path=path).read(torch.arange(3))[1].all()
 
 
 def in_a_group_of_two(path):

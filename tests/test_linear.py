@@ -9,7 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from aikd_losses import _linear
+from aikd_losses import linear
 from aikd_losses.functional import linear_deterministic_kd
 
 POSITIONS, C = (3, 5), 11
@@ -23,7 +23,7 @@ TEACHER = {"teacher_hidden": (*POSITIONS, 6), "teacher_weight": (C, 6), "teacher
 def way(request, monkeypatch):
     """All positions at once, or four at a time (and a rest of three)."""
     if request.param == "blocks":
-        monkeypatch.setattr(_linear, "LINEAR_BLOCK", 4 * C)
+        monkeypatch.setattr(linear, "LINEAR_BLOCK", 4 * C)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_two_classes_are_enough(tensors):
 
 
 def test_the_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(_linear, "LINEAR_BLOCK", 2**14)
+    monkeypatch.setattr(linear, "LINEAR_BLOCK", 2**14)
     h, w = torch.randn(512, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
     other = torch.randn(2000, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
@@ -194,7 +194,7 @@ def test_float32_heads_are_float64_ones_but_for_rounding():
 
 
 def test_gradients_of_half_precision_heads_are_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(_linear, "LINEAR_BLOCK", 11)  # a position at a time
+    monkeypatch.setattr(linear, "LINEAR_BLOCK", 11)  # a position at a time
     h, w, other = (torch.randn(size).bfloat16() for size in ((512, 4), (11, 4), (11, 4)))
     (found,) = torch.autograd.grad(linear_deterministic_kd(h, w.requires_grad_(), h, other, reduction="sum"), w)
     s, t = (F.linear(h, x) for x in (w.detach(), other))  # as rounded as the logits are

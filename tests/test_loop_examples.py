@@ -29,7 +29,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     ids=lambda command: "-".join(command[-1:] + ["two-processes"] * (len(command) > 1)),
 )
 def test_the_student_is_better_than_the_model_that_was_trained_plainly(command, tmp_path):
-    """40% of the labels are wrong there: what the method is for. One seed; docs/accuracy.md has many."""
+    """40% of the labels are wrong there: what the method is for. One seed; README.md has more."""
     *launcher, name = command
     done = run([*launcher, str(EXAMPLES / name)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

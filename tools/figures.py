@@ -163,30 +163,6 @@ def adversarial() -> Figure:
     return figure
 
 
-def weighting() -> Figure:
-    """How large the gradient becomes when a term is added, and when it shares the weight."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-    torch.manual_seed(0)
-    y = torch.randint(10, (256,))
-    logits = torch.randn(256, 10)
-    teacher = torch.randn(256, 10) + 4 * torch.nn.functional.one_hot(y, 10)  # mostly right, as on its training set
-    weights = torch.linspace(0, 1, 21).tolist()
-
-    def norm(cross_entropy: float, distillation: float) -> float:
-        s = logits.clone().requires_grad_()
-        kd = DeterministicKD(temperature=1.0)(s, teacher)
-        (cross_entropy * torch.nn.functional.cross_entropy(s, y) + distillation * kd).backward()
-        return float(s.grad.norm())
-
-    plain = norm(1, 0)
-    axes.plot(weights, [norm(1, w) / plain for w in weights], color=RED, label="cross-entropy + w · KD")
-    axes.plot(weights, [norm(1 - w, w) / plain for w in weights], color=BLUE, label="(1 - w) · cross-entropy + w · KD")
-    label(axes, "gradient, relative to cross-entropy alone", "w")
-    axes.set_ylim(0, 2)
-    axes.legend(loc="lower left")
-    return figure
-
-
 def logits_of(p: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(p), torch.logit(p, eps=1e-4)], -1)
 
@@ -200,7 +176,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "term-deterministic.svg": deterministic,
     "term-progressive.svg": progressive,
     "term-adversarial.svg": adversarial,
-    "weighting.svg": weighting,
 }
 
 

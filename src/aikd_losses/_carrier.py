@@ -31,13 +31,12 @@ class Carrier(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _modules_carried(self) -> list[nn.Module]:
-        values = (getattr(self, name) for name in self._carried)
-        return [value for value in values if isinstance(value, nn.Module)]
+    def _within(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
+        return {name: x for name in names if isinstance(x := getattr(self, name), nn.Module)}
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        for module in self._modules_carried():
+        for module in self._within(self._carried).values():
             module.train(mode)
         return self
 
@@ -51,110 +50,87 @@ class Carrier(nn.Module):
                 setattr(self, name, _moved(value, fn))
         return self
 
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        """What is in `state_dict()` beside modules, by name. Loading fills all of it, in place, or nothing."""
+        return {name: x for name in self._saved if isinstance(x := getattr(self, name), Tensor)}
+
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse, with ValueError or TypeError, what fits in type and shape but not in value."""
 
     def _before_load(self) -> None:
         """Say, to whom it concerns, that what is here is about to be overwritten."""
 
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        """Take what was saved, all of which fits."""
+        for name, own in self._saved_tensors().items():
+            own.copy_(saved[name].detach())
+
     def _after_load(self) -> None:
         """Work out anew what follows from the state just loaded."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._saved:
-            value = getattr(self, name)
-            if isinstance(value, nn.Module):
-                value.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
-            elif value is not None:
-                destination[prefix + name] = value
+        for name, module in self._within(self._saved).items():
+            module.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        destination.update({prefix + name: x for name, x in self._saved_tensors().items()})
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        copies, missing, errors = self._fitting(state, prefix)
-        for name in self._saved:
-            own, key = getattr(self, name), prefix + name
-            if isinstance(own, nn.Module):
-                inner = {k.removeprefix(f"{key}."): state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
-                if not errors:
-                    result = own.load_state_dict(inner, strict=False)
-                    missing_keys.extend(f"{key}.{k}" for k in result.missing_keys)
-                    unexpected_keys.extend(f"{key}.{k}" for k in result.unexpected_keys)
-            else:
-                state.pop(key, None)
-        without_values = any(own.is_meta for own, _ in copies.values())  # on both sides: nothing to load
-        # All or nothing: a table without its flags would be silently wrong.
-        if not (errors or missing or without_values):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        missing_keys, error_msgs = args[2], args[4]
+        saved, missing, errors = self._fitting(state_dict, prefix)
+        others = {key: x for key, x in state_dict.items() if key.removeprefix(prefix) not in saved}
+        super()._load_from_state_dict(others, prefix, *args)
+        missing_keys += missing
+        error_msgs += errors
+        if errors:
+            return
+        for name, module in self._within(self._saved).items():
+            inner = {key.removeprefix(f"{name}."): x for key, x in saved.items() if key.startswith(f"{name}.")}
+            module.load_state_dict(inner, strict=False)
+        if _whole(self._saved_tensors(), saved):
             self._before_load()
-            for own, saved in copies.values():
-                own.copy_(saved.detach())
+            self._fill(saved)
             self._after_load()
-        missing_keys.extend(missing)
-        error_msgs.extend(errors)
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def _fitting(
-        self, state: Mapping[str, Any], prefix: str
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], list[str]]:
-        """What is to be copied from the checkpoint, (own, saved) by name; keys that it lacks; what does not fit, and why."""
-        copies, missing, errors = {}, [], []
-        for name in self._saved:
-            own, key = getattr(self, name), prefix + name
-            if isinstance(own, nn.Module):
-                errors += _misfits(own, state, key)
-            elif own is None:
-                if key in state:
-                    errors.append(f"`{key}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}")
-            elif key not in state:
-                missing.append(key)
-            elif (misfit := _misfit(own, state[key])) is not None:
-                errors.append(f"`{key}` {misfit}")
-            else:
-                copies[name] = own, state[key]
-        if not (errors or missing or any(own.is_meta for own, _ in copies.values())):
+    def _fitting(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str], list[str]]:
+        """What a checkpoint has for this object, by name; the keys that it lacks; what does not fit, and why."""
+        tensors = self._saved_tensors()
+        own: dict[str, Any] = dict(tensors)
+        for name, module in self._within(self._saved).items():
+            module.state_dict(destination=own, prefix=f"{name}.")
+        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        errors = [
+            f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}"
+            for name in self._saved
+            if getattr(self, name) is None and prefix + name in state_dict
+        ]
+        for name, x in saved.items():
+            if isinstance(own[name], Tensor) and (misfit := _misfit(own[name], x, may_be_cast=name not in tensors)):
+                errors.append(f"`{prefix}{name}` {misfit}")
+        if not errors and _whole(tensors, saved):
             try:
-                self._check_load({name: saved for name, (_, saved) in copies.items()})
+                self._check_load({name: saved[name] for name in tensors})
             except (ValueError, TypeError) as error:
                 errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-        return copies, missing, errors
+        return saved, [prefix + name for name in own if name not in saved], errors
 
 
-def _misfit(own: Tensor, saved: object) -> str | None:
+def _whole(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> bool:
+    """Whether to load: a table without its flags would be silently wrong, and the meta device has nothing to load into."""
+    return saved.keys() >= own.keys() and not any(x.is_meta for x in own.values())
+
+
+def _misfit(own: Tensor, saved: object, may_be_cast: bool) -> str | None:
     """Why `saved` cannot be loaded into `own`."""
     if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
-        kind = f"a tensor of layout {saved.layout}" if isinstance(saved, Tensor) else type(saved).__name__
-        return f"in the checkpoint must be a dense tensor; it is {kind}."
+        return f"in the checkpoint must be a dense tensor; it is {getattr(saved, 'layout', type(saved).__name__)}."
     if saved.is_meta and not own.is_meta:
         return "in the checkpoint must have values; it is on the meta device."
     if own.is_meta and not saved.is_meta:
         return "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-    if saved.shape != own.shape or saved.dtype != own.dtype:
-        return (
-            f"in the checkpoint is {saved.dtype} of shape {tuple(saved.shape)}; here it is {own.dtype} of shape "
-            f"{tuple(own.shape)}. {_SAME_SETTINGS}"
-        )
-    return None
-
-
-def _misfits(module: nn.Module, state: Mapping[str, Any], key: str) -> list[str]:
-    """The same for a whole module, whose tensors may be cast."""
-    found = []
-    for name, own in module.state_dict().items():
-        saved = state.get(f"{key}.{name}")
-        if isinstance(own, Tensor) and saved is not None:
-            cast = saved.to(own.dtype) if isinstance(saved, Tensor) and saved.layout is torch.strided else saved
-            if (misfit := _misfit(own, cast)) is not None:
-                found.append(f"`{key}.{name}` {misfit}")
-    return found
+    if saved.shape == own.shape and (saved.dtype == own.dtype or may_be_cast):
+        return None
+    there, here = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (saved, own))
+    return f"in the checkpoint is {there}; here it is {here}. {_SAME_SETTINGS}"
 
 
 def _moved(value: Tensor, fn: Any) -> Tensor:

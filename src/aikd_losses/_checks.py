@@ -15,89 +15,76 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
+POSITIONS = "must have the shape of `student_logits` without its class axis, "
 
 
-def number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> float:
-    """A finite real number in the interval [low, high], each end open on request."""
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """A finite real number in the interval [low, high], the lower end open on request."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number; got {value!r}.")
     try:
         x = float(value)
     except OverflowError:  # of an integer that no float holds
         x = math.inf
-    low_ok = x > low if open_low else x >= low
-    high_ok = x < high if open_high else x <= high
-    if not (-math.inf < x < math.inf and low_ok and high_ok):  # torch.compile does not know math.isfinite
+    if not (-math.inf < x < math.inf and low <= x <= high) or (
+        open_low and x == low
+    ):  # torch.compile knows no isfinite
+        wanted = f"in the interval [{low:g}, {high:g}]"
         if high == math.inf:
             wanted = f"a finite number {'above' if open_low else 'not below'} {low:g}"
-        else:
-            wanted = f"in the interval {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
     return x
 
 
-def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer; got {value!r}.")
-    x = int(value)
-    if (low is not None and x < low) or (high is not None and x > high):
-        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"`{name}` must be {wanted}; got {x}.")
-    if not -(2**63) <= x < 2**63:
-        raise ValueError(f"`{name}` must be an integer of 64 bits; got {x}.")
-    return x
-
-
-def boolean(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False; got {value!r}.")
-    return value
+    if not low <= int(value) <= high:
+        wanted = f"at least {low}" if int(value) < low else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value}.")
+    return int(value)
 
 
 def choice(name: str, value: object, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
-        names = ", ".join(repr(option) for option in options)
-        raise ValueError(f"`{name}` must be one of {names}; got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {value!r}.")
     return value
 
 
 def reduction(value: object) -> str:
-    if isinstance(value, str) and value == "batchmean":
+    if value == "batchmean":
         raise ValueError(
             "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already "
             "the mean over samples (over positions, where there are several a sample)."
         )
-    return choice("reduction", value, REDUCTIONS)
+    return choice("reduction", value, ("mean", "sum", "none"))
+
+
+def divergence(value: object, beta: object) -> float:
+    """The name of a divergence, and the beta of "js"."""
+    choice("divergence", value, ("forward_kl", "reverse_kl", "js"))
+    x = number("beta", beta, 0.0, 1.0)
+    if value == "js" and x in (0.0, 1.0):
+        raise ValueError(
+            f"`beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {x:g}. For the "
+            "limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
+        )
+    return x
 
 
 def temperature(value: object) -> float:
-    x = number("temperature", value, 0.0, math.inf, open_low=True)
-    if not 1e-18 <= x <= 1e18:
-        raise ValueError(
-            f"`temperature` must be between 1e-18 and 1e18, for float32 to hold its square; got {value!r}."
-        )
-    return x
+    return number("temperature", value, 0.0, math.inf, open_low=True)
 
 
 def num_classes(value: object) -> int:
     return integer("num_classes", value, 2)
 
 
-def device(value: object) -> torch.device:
-    try:
-        return torch.device(value)  # type: ignore[call-overload, no-any-return]
-    except (TypeError, RuntimeError, ValueError):
-        raise ValueError(f"`device` must be a torch.device or the name of one, such as 'cpu'; got {value!r}.") from None
-
-
 def class_dim(value: object) -> int | None:
     return None if value is None else integer("class_dim", value)
 
 
-def _tensor(name: str, value: object) -> Tensor:
+def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         hint = " Pass its `.logits`." if hasattr(value, "logits") else ""  # the output of a model of transformers
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.{hint}")
@@ -109,19 +96,28 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _floating(name: str, x: Tensor, what: str = "") -> None:
+def floating(name: str, value: object, what: str = "") -> Tensor:
     """Of a type that can be computed with, which those of 8 bits cannot."""
-    if x.dtype in FLOATS:
-        return
-    if x.is_floating_point():
+    x = tensor(name, value)
+    if x.is_floating_point() and x.dtype not in FLOATS:
         raise TypeError(f"`{name}` must be floating point of 16, 32 or 64 bits; got {x.dtype}. Pass `{name}.float()`.")
-    raise TypeError(f"`{name}` must be floating point{what}; got {x.dtype}.")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"`{name}` must be floating point{what}; got {x.dtype}.")
+    return x
 
 
-def has_values(name: str, x: Tensor, home: torch.device) -> None:
-    """Not on the meta device, where the values are wanted elsewhere."""
-    if x.is_meta and home.type != "meta":
-        raise ValueError(f"`{name}` must have values to be used on {home}; got a tensor on the meta device.")
+def _typed(name: str, value: object, dtype: torch.dtype, wanted: str, remedy: str) -> Tensor:
+    x = tensor(name, value)
+    if x.dtype != dtype:
+        raise TypeError(f"`{name}` {wanted}; got {x.dtype}. Pass `{name}.{remedy}()`.")
+    return x
+
+
+def shaped(name: str, x: Tensor, wanted: tuple[int, ...], what: str, remedy: str = "") -> Tensor:
+    """Nothing is ever broadcast."""
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"`{name}` {what}{wanted}; got {tuple(x.shape)}.{remedy}")
+    return x
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -132,19 +128,22 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def values_are_free(*tensors: Tensor | None) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no graph."""
+    return not torch.compiler.is_compiling() and all(x is None or x.device.type == "cpu" for x in tensors)
+
+
 def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
     """Floating scores with at least two axes; returns the position of the class axis."""
-    x = _tensor(name, value)
-    _floating(name, x, " (raw scores before softmax)")
+    x = floating(name, value, " (raw scores before softmax)")
     if x.ndim < 2:
         raise ValueError(f"`{name}` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
-    if dim is None:
-        if x.ndim > 2:
-            raise ValueError(
-                f"`class_dim` is required for logits of more than 2 axes; got `{name}` of shape {tuple(x.shape)}. "
-                "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
-            )
-        dim = 1
+    if dim is None and x.ndim > 2:
+        raise ValueError(
+            f"`class_dim` is required for logits of more than 2 axes; got `{name}` of shape {tuple(x.shape)}. "
+            "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
+        )
+    dim = 1 if dim is None else dim
     if not -x.ndim <= dim < x.ndim:
         raise IndexError(f"`class_dim` must be an axis of `{name}`, which has {x.ndim}; got {dim}.")
     if x.shape[dim] < 2:
@@ -155,127 +154,36 @@ def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
     return dim % x.ndim
 
 
-def like_logits(name: str, value: object, student_logits: Tensor) -> None:
-    """Floating, of exactly the logits' shape (nothing is ever broadcast), on their device."""
-    x = _tensor(name, value)
-    _floating(name, x)
-    if x.shape != student_logits.shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits`, {tuple(student_logits.shape)}; got {tuple(x.shape)}."
-        )
-    same_device(name, x, "student_logits", student_logits)
-
-
-def plain(*logits: object) -> bool:
-    """Whether logits are what most are, float32 of one shape (N, C) on one device: then nothing more need be asked of
-    them. Where they are not, the checks find out whether that is an error, and the sentence that says so."""
-    first = logits[0]
-    for x in logits:
-        if (
-            type(x) is not Tensor
-            or x.dtype != torch.float32
-            or x.layout != torch.strided
-            or x.is_nested
-            or x.ndim != 2
-            or x.shape[1] < 2
-        ):
-            return False
-        if x is not first and (x.shape != first.shape or x.device != first.device):  # type: ignore[attr-defined]
-            return False
-    return True
-
-
-def plain_ids(x: object, logits: Tensor) -> bool:
-    """The same for labels or sample ids: int64, one a row of `logits` (N, C), on their device."""
-    return (
-        type(x) is Tensor
-        and x.dtype == torch.int64
-        and x.layout == torch.strided
-        and not x.is_nested
-        and x.shape == logits.shape[:1]
-        and x.device == logits.device
-    )
-
-
 def positions(student_logits: Tensor, axis: int) -> tuple[int, ...]:
     """The shape of the logits without the class axis."""
-    shape = tuple(student_logits.shape)
-    return shape[:axis] + shape[axis + 1 :]
+    return tuple(student_logits.select(axis, 0).shape)
+
+
+def like_logits(name: str, value: object, student_logits: Tensor) -> None:
+    """Floating, of exactly the logits' shape, on their device."""
+    x = shaped(name, floating(name, value), tuple(student_logits.shape), "must have the shape of `student_logits`, ")
+    same_device(name, x, "student_logits", student_logits)
 
 
 def mask(value: object, student_logits: Tensor, axis: int, name: str = "mask") -> None:
     """None, or a bool a position."""
-    if value is None:
-        return
-    x = _tensor(name, value)
-    if x.dtype != torch.bool:
-        raise TypeError(f"`{name}` must be of type bool, True = counts; got {x.dtype}. Pass `{name}.bool()`.")
-    wanted = positions(student_logits, axis)
-    if tuple(x.shape) != wanted:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits` without its class axis, {wanted}; got {tuple(x.shape)}."
-        )
-    same_device(name, x, "student_logits", student_logits)
-
-
-def alpha(value: object, student_logits: Tensor, axis: int) -> None:
-    """A number in 0..1, or a tensor of them: one in all, or one a position."""
-    if not isinstance(value, Tensor):
-        number("alpha", value, 0.0, 1.0)
-        return
-    _floating("alpha", _tensor("alpha", value))
-    if value.ndim or value.device.type != "cpu":  # a number on the CPU goes everywhere
-        same_device("alpha", value, "student_logits", student_logits)
-    if value.ndim and tuple(value.shape) != (wanted := positions(student_logits, axis)):
-        raise ValueError(f"`alpha` must be a number or of shape {wanted}; got a tensor of shape {tuple(value.shape)}.")
-    share("alpha", value)
-
-
-def mix_lambda(value: object, shape: tuple[int, ...], rows: Tensor) -> None:
-    """A number in 0..1, or a tensor of them: one in all, or one a sample, where the `rows` are."""
-    if not isinstance(value, Tensor):
-        number("mix_lambda", value, 0.0, 1.0)
-        return
-    x = _tensor("mix_lambda", value)
-    if tuple(x.shape) not in ((), shape):
-        raise ValueError(f"`mix_lambda` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
-    _floating("mix_lambda", x)
-    has_values("mix_lambda", x, rows.device)
-    share("mix_lambda", x)
-
-
-def share(name: str, x: Tensor) -> None:
-    """Values in 0..1, where looking is free."""
-    if values_are_free(x) and x.numel():
-        low, high = (float(bound) for bound in x.detach().aminmax())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"`{name}` must be in the interval [0, 1]; got values in [{low:g}, {high:g}].")
-
-
-def values_are_free(x: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if value is not None:
+        x = _typed(name, value, torch.bool, "must be of type bool, True = counts", "bool")
+        shaped(name, x, positions(student_logits, axis), POSITIONS)
+        same_device(name, x, "student_logits", student_logits)
 
 
 def class_target(value: object, student_logits: Tensor, axis: int) -> None:
     """Class indices (int64, a position each) or class probabilities (floating, like the logits)."""
-    x = _tensor("target", value)
+    x = tensor("target", value)
     if x.is_floating_point():
         like_logits("target", x, student_logits)
         return
-    wanted = positions(student_logits, axis)
-    if tuple(x.shape) == tuple(student_logits.shape):
-        raise ValueError(
-            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
-            f"{tuple(x.shape)}. If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
-        )
-    if x.dtype != torch.int64:
-        raise TypeError(f"`target` of class indices must be of type int64; got {x.dtype}. Pass `target.long()`.")
-    if tuple(x.shape) != wanted:
-        raise ValueError(
-            f"`target` of class indices must have the shape of `student_logits` without its class axis, {wanted}; got "
-            f"{tuple(x.shape)}."
-        )
+    one_hot = x.shape == student_logits.shape
+    remedy = f" If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
+    if not one_hot:
+        _typed("target", x, torch.int64, "of class indices must be of type int64", "long")
+    shaped("target", x, positions(student_logits, axis), f"of class indices {POSITIONS}", remedy if one_hot else "")
     same_device("target", x, "student_logits", student_logits)
 
 
@@ -285,111 +193,53 @@ def labels_in_range(target: Tensor, num_classes: int, counts: Tensor | None) -> 
 
 
 def sample_index(
-    name: str,
-    value: object,
-    shape: tuple[int, ...] | None,
-    size: int | None,
-    counts: Tensor | None = None,
-    home: torch.device | None = None,
+    name: str, value: object, shape: tuple[int, ...] | None, size: int | None, counts: Tensor | None = None
 ) -> None:
-    """Sample ids: int64, of the given shape (any one axis for None), below `size`, to look up at `home`."""
-    x = _tensor(name, value)
-    if x.dtype != torch.int64:
-        raise TypeError(f"`{name}` must be of type int64; got {x.dtype}. Pass `{name}.long()`.")
-    if shape is None and x.ndim != 1:
+    """Sample ids: int64, of the given shape (any one axis for None), below `size`."""
+    x = _typed(name, value, torch.int64, "must be of type int64", "long")
+    if shape is not None:
+        shaped(name, x, shape, POSITIONS)
+    elif x.ndim != 1:
         raise ValueError(f"`{name}` must have one axis, (N,); got shape {tuple(x.shape)}.")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(
-            f"`{name}` must have the shape of `student_logits` without its class axis, {shape}; got {tuple(x.shape)}."
-        )
-    if home is not None:
-        has_values(name, x, home)
     if size is not None:
         _in_range(name, x, counts, size, "`num_samples`", "ids count from 0 within the training set")
 
 
 def _in_range(name: str, x: Tensor, counts: Tensor | None, size: int, of_what: str, hint: str) -> None:
-    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+    if not values_are_free(x, counts):
         return
-    checked = x if counts is None else x[counts]
-    if checked.numel() == 0:
+    try:
+        low, high = map(int, (x if counts is None else x[counts]).aminmax())
+    except RuntimeError:  # there is none; or under torch.func.vmap nobody may look
         return
-    low, high = (int(bound) for bound in checked.aminmax())
     if low < 0 or high >= size:
         raise IndexError(
             f"`{name}` must be in 0..{size - 1} (the {of_what} is {size}); got values in {low}..{high} ({hint})."
         )
 
 
-def flags(name: str, value: object, index: Tensor, home: torch.device) -> None:
-    """None, or a bool an id."""
-    if value is None:
-        return
-    x = _tensor(name, value)
-    if x.dtype != torch.bool or x.shape != index.shape:
-        raise ValueError(
-            f"`{name}` must be a bool of the shape of `index`, {tuple(index.shape)}; got {x.dtype} of shape {tuple(x.shape)}."
-        )
-    has_values(name, x, home)
-    same_device(name, x, "index", index)
+def share(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A number in 0..1, or a tensor of them: one in all, or one each; where `like` is, in its type."""
+    if not isinstance(value, Tensor):
+        return like.new_full((), number(name, value, 0.0, 1.0))
+    x = floating(name, value)
+    if tuple(x.shape) not in ((), shape):
+        raise ValueError(f"`{name}` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
+    if values_are_free(x) and x.numel():
+        low, high = map(float, x.detach().aminmax())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"`{name}` must be in the interval [0, 1]; got values in [{low:g}, {high:g}].")
+    return x.to(like)
 
 
-def rows(name: str, value: object, weight: Tensor) -> None:
-    """Rows (N, C) for the first layer `weight` of a network; under autocast of any type."""
-    x = _tensor(name, value)
-    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"`{name}` must have the shape (N, C) with C = {weight.shape[1]}; got {tuple(x.shape)}.")
-    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(f"`{name}` must be of the type of the weights, {weight.dtype}; got {x.dtype}.")
-    if x.device != weight.device:
-        raise ValueError(f"`{name}` must be on the device of the weights, {weight.device}; got {x.device}.")
-
-
-def head(name: str, hidden: object, weight: object, bias: object) -> None:
-    """Hidden states (*, D), a weight (C, D) and a bias (C,) or None, floating, on one device."""
-    h, w = _tensor(f"{name}_hidden", hidden), _tensor(f"{name}_weight", weight)
-    given = {f"{name}_hidden": h, f"{name}_weight": w}
-    if bias is not None:
-        given[f"{name}_bias"] = _tensor(f"{name}_bias", bias)
-    for which, x in given.items():
-        _floating(which, x)
-        same_device(which, x, f"{name}_hidden", h)
-    if h.ndim < 2 or w.ndim != 2 or w.shape[1] != h.shape[-1] or len(w) < 2:
-        raise ValueError(
-            f"`{name}_weight` must be (C, D) with at least 2 classes for `{name}_hidden` of shape (*, D); got "
-            f"{tuple(w.shape)} and {tuple(h.shape)}."
-        )
-    if bias is not None and given[f"{name}_bias"].shape != w.shape[:1]:
-        raise ValueError(f"`{name}_bias` must have the shape ({len(w)},); got {tuple(given[f'{name}_bias'].shape)}.")
-
-
-def condition(value: object, shape: tuple[int, ...], student_logits: Tensor) -> Tensor:
-    """A row a position, where the logits are: the positions' shape, then any axes."""
-    x = _tensor("condition", value)
-    if x.is_floating_point():
-        _floating("condition", x)
-    same_device("condition", x, "student_logits", student_logits)
-    if tuple(x.shape[: len(shape)]) != shape:
-        raise ValueError(
-            f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(x.shape)}."
-        )
-    return x
-
-
-def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None, home: torch.device) -> None:
-    """Rows of probabilities, (N, C), for `home`: checked to be some, where that is free, within what bfloat16 rounds."""
-    x = _tensor(name, value)
-    has_values(name, x, home)
-    _floating(name, x)
-    if tuple(x.shape) != shape:
-        raise ValueError(f"`{name}` must have the shape (N, C) = {shape}; got {tuple(x.shape)}.")
-    if not values_are_free(x) or not (counts is None or values_are_free(counts)):
+def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None) -> None:
+    """Rows of probabilities, (N, C): checked to be some, where that is free, within what bfloat16 rounds."""
+    x = shaped(name, floating(name, value), shape, "must have the shape (N, C) = ")
+    if not values_are_free(x, counts):
         return
     x = x if counts is None else x[counts]
-    if x.numel() == 0:
-        return
-    low, high = x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).aminmax()
-    if not (float(x.min()) >= 0 and float(low) >= 0.98 and float(high) <= 1.02):
+    sums = x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    if not ((x >= 0).all() and ((sums - 1).abs() <= 0.02).all()):
         raise ValueError(
             f"`{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For logits pass "
             "`torch.softmax(logits, -1)`."

@@ -50,9 +50,9 @@ def of_state(stack: LossStack, tensors: Mapping[str, Any], called: set[str], alo
             yield from _of_history(name, term, tensors.get("student_logits"))
         elif isinstance(term, AdversarialDistributionLoss):
             yield from _of_discriminator(name, term, under_way)
-        if name in called and hasattr(term, "_planned_update"):  # refuses what `update` would, and does nothing else
+        if name in called and hasattr(term, "_check_update"):  # refuses what `update` would, and does nothing else
             try:
-                term._planned_update(**stack._calls["update"][name].pick(tensors))
+                term._check_update(**stack._calls["update"][name].pick(tensors))
             except (TypeError, ValueError, IndexError, RuntimeError) as reason:
                 yield warning(name, f"its `update` would fail: {reason}")
 

@@ -10,16 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from .adversarial import FUSED, AdversarialDistributionLoss
+from ._owned import FUSED
+from .adversarial import AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, Penalty
 from .progressive import ProgressiveKD
 from .schedules import LinearRamp, Schedule
-from .stack import LossStack, check_names
+from .stack import LossStack
 from .targets import CachedTargets, TargetStore
-
-TERMS = ("progressive", "deterministic", "adversarial")
 
 
 class AIKDLoss(LossStack):
@@ -85,22 +84,12 @@ class AIKDLoss(LossStack):
         class_dim: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _checks.integer("num_samples", num_samples, 1)
-        _checks.num_classes(num_classes)
-        _checks.integer("num_epochs", num_epochs, 1)
-        learning_rate = _checks.number("learning_rate", learning_rate, 0.0, float("inf"), open_low=True)
-        check_names("weights", weights, TERMS)
         if not callable(alpha):
             alpha = LinearRamp(_checks.number("alpha", alpha, 0.0, 1.0), num_epochs)
         if discriminator is None:
             discriminator = MLPDiscriminator(num_classes)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        if not any(True for _ in discriminator.parameters()):
-            raise ValueError(
-                "`discriminator` must have parameters, which `update` trains; "
-                f"{type(discriminator).__name__} has none. Put one that is not trained into an AdversarialDistributionLoss."
-            )
         fused = all(p.device.type in FUSED for p in discriminator.parameters())
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=fused)
         terms = {
@@ -119,44 +108,21 @@ class AIKDLoss(LossStack):
                 process_group=process_group,
             ),
         }
-        super().__init__(terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})})
-
-    def forward(  # type: ignore[override]  # the tensors of the three terms, spelled out for editors
-        self,
-        *,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        index: Tensor | None,
-        mask: Tensor | None = None,
-        condition: Tensor | None = None,
-        partner_index: Tensor | None = None,
-        mix_lambda: float | Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term's own value, unweighted and detached."""
-        return super().forward(
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
-            target=target,
-            index=index,
-            mask=mask,
-            condition=condition,
-            partner_index=partner_index,
-            mix_lambda=mix_lambda,
+        super().__init__(
+            terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
         )
 
-    if TYPE_CHECKING:  # for editors too: one dict serves both
-        __call__ = forward  # type: ignore[assignment]
+    if TYPE_CHECKING:  # the tensors of the three terms, spelled out for editors
 
-        def update(  # type: ignore[override]
+        def __call__(  # type: ignore[override]
             self,
             *,
             student_logits: Tensor,
             teacher_logits: Tensor,
+            target: Tensor,
             index: Tensor | None,
-            target: Tensor | None = None,
             mask: Tensor | None = None,
             condition: Tensor | None = None,
             partner_index: Tensor | None = None,
             mix_lambda: float | Tensor | None = None,
-        ) -> None: ...
+        ) -> tuple[Tensor, dict[str, Tensor]]: ...

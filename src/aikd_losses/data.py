@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,24 +47,15 @@ class IndexedDataset(Dataset[Any]):
         return f"IndexedDataset({type(self.dataset).__name__}, {len(self):,} items)"
 
     def __getitem__(self, index: int) -> Any:
-        i = self._position(index)
+        i = range(len(self))[index]  # which counts from the end, too, and refuses what is out of range
         return _with_index(self.dataset[i], i)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What a DataLoader asks for, a batch at a time; handed on to a data set that knows how."""
-        at = [self._position(i) for i in indices]
+        at = [range(len(self))[i] for i in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = [self.dataset[i] for i in at] if fetch is None else fetch(at)
         return [_with_index(item, i) for item, i in zip(items, at, strict=True)]
-
-    def _position(self, index: int) -> int:
-        try:
-            i = operator.index(index)
-        except TypeError:
-            raise TypeError(f"`index` must be an integer; got {index!r}.") from None
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"`index` must be in 0..{len(self) - 1}; got {i}.")
-        return i % len(self)
 
 
 def _with_index(item: Any, i: int) -> Any:
@@ -73,8 +63,4 @@ def _with_index(item: Any, i: int) -> Any:
         if "index" in item:
             raise ValueError('The data set\'s items have a key "index" already. Rename it before indexing.')
         return {**item, "index": i}
-    if isinstance(item, tuple):
-        return (*item, i)
-    if isinstance(item, list):
-        return [*item, i]
-    return (item, i)
+    return [*item, i] if isinstance(item, list) else (*item, i) if isinstance(item, tuple) else (item, i)

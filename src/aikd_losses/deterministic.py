@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from . import _checks, functional
-from ._soft_targets import Term
 
 
 class DeterministicKD(nn.Module):
@@ -64,7 +63,7 @@ class DeterministicKD(nn.Module):
         class_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.beta = functional.check_divergence(divergence, beta)
+        self.beta = _checks.divergence(divergence, beta)
         self.temperature = _checks.temperature(temperature)
         self.divergence = divergence
         self.reduction = _checks.reduction(reduction)
@@ -72,23 +71,15 @@ class DeterministicKD(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """$T^2 D(p, q)$, reduced."""
-        return functional.deterministic(
+        return functional.deterministic_kd(
             student_logits,
             teacher_logits,
-            mask,
-            self.temperature,
-            self.divergence,
-            self.beta,
-            self.reduction,
-            self.class_dim,
-        )
-
-    def _soft_term(self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None) -> Term | None:
-        """`forward` as soft targets that a stack may merge with others, or None."""
-        if self.divergence != "forward_kl":
-            return None
-        return functional.deterministic_term(
-            student_logits, teacher_logits, mask, self.temperature, self.reduction, self.class_dim
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            mask=mask,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
         )
 
     if TYPE_CHECKING:

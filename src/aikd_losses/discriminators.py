@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -31,12 +30,7 @@ class MLPDiscriminator(nn.Module):
     torch.Size([4])
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        hidden: Sequence[int] = (64, 64),
-    ) -> None:
+    def __init__(self, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
         if isinstance(hidden, (str, int)) or not isinstance(hidden, Sequence):
             raise TypeError(f"`hidden` must be a sequence of widths, such as (64, 64); got {hidden!r}.")
@@ -50,7 +44,7 @@ class MLPDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
-        _checks.rows("x", x, cast(nn.Linear, self.layers[0]).weight)
+        _checks.shaped("x", x, (len(x), self.num_classes), "must have the shape (N, C) = ")
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
 

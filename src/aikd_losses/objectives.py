@@ -43,56 +43,53 @@ class AdversarialObjective:
         for name in ("discriminator", "student"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function of scores; got {getattr(self, name)!r}.")
-        _checks.boolean("paired", self.paired)
 
     def __repr__(self) -> str:
         names = f"discriminator={called(self.discriminator)}, student={called(self.student)}"
         return f"AdversarialObjective({names}, paired={self.paired})"
 
 
-def _non_saturating_discriminator(teacher: Tensor, student: Tensor) -> Tensor:
+# Functions and no lambdas, which could not be pickled.
+def _non_saturating(teacher: Tensor, student: Tensor) -> Tensor:
     return softplus(-teacher) + softplus(student)  # -log sigmoid(D(t)) - log(1 - sigmoid(D(s)))
 
 
-def _non_saturating_student(student: Tensor, teacher: Tensor | None) -> Tensor:
+def _non_saturating_student(student: Tensor, _: Tensor | None) -> Tensor:
     return softplus(-student)
 
 
-def _least_squares_discriminator(teacher: Tensor, student: Tensor) -> Tensor:
+def _least_squares(teacher: Tensor, student: Tensor) -> Tensor:
     return 0.5 * (teacher - 1).square() + 0.5 * student.square()
 
 
-def _least_squares_student(student: Tensor, teacher: Tensor | None) -> Tensor:
+def _least_squares_student(student: Tensor, _: Tensor | None) -> Tensor:
     return 0.5 * (student - 1).square()
 
 
-def _hinge_discriminator(teacher: Tensor, student: Tensor) -> Tensor:
+def _hinge(teacher: Tensor, student: Tensor) -> Tensor:
     return (1 - teacher).relu() + (1 + student).relu()
 
 
-def _wasserstein_discriminator(teacher: Tensor, student: Tensor) -> Tensor:
+def _wasserstein(teacher: Tensor, student: Tensor) -> Tensor:
     return student - teacher
 
 
-def _negative_score(student: Tensor, teacher: Tensor | None) -> Tensor:
+def _negative_score(student: Tensor, _: Tensor | None) -> Tensor:
     return -student
 
 
-def _relativistic_discriminator(teacher: Tensor, student: Tensor) -> Tensor:
-    return softplus(student - teacher)
-
-
-def _relativistic_student(student: Tensor, teacher: Tensor | None) -> Tensor:
-    assert teacher is not None  # paired
-    return softplus(teacher - student)
+def _relativistic(first: Tensor, second: Tensor | None) -> Tensor:
+    """The same for both, whoever is to score more coming first."""
+    assert second is not None  # paired
+    return softplus(second - first)
 
 
 OBJECTIVES = {
-    "non_saturating": AdversarialObjective(_non_saturating_discriminator, _non_saturating_student),
-    "least_squares": AdversarialObjective(_least_squares_discriminator, _least_squares_student),
-    "hinge": AdversarialObjective(_hinge_discriminator, _negative_score),
-    "wasserstein": AdversarialObjective(_wasserstein_discriminator, _negative_score),
-    "relativistic": AdversarialObjective(_relativistic_discriminator, _relativistic_student, paired=True),
+    "non_saturating": AdversarialObjective(_non_saturating, _non_saturating_student),
+    "least_squares": AdversarialObjective(_least_squares, _least_squares_student),
+    "hinge": AdversarialObjective(_hinge, _negative_score),
+    "wasserstein": AdversarialObjective(_wasserstein, _negative_score),
+    "relativistic": AdversarialObjective(_relativistic, _relativistic, paired=True),
 }
 
 

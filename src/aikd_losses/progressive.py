@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _soft_targets, functional, schedules
+from . import _checks, functional, schedules
 from ._carrier import Carrier
-from ._soft_targets import Term
+from ._table import Table
 from .schedules import Schedule
-from .targets import TargetStore, _Table
+from .targets import TargetStore
 
 EPOCHS_BEFORE_WARNING = 4  # rows that may go by between two advance_epoch, in epochs
 
@@ -78,15 +77,13 @@ class ProgressiveKD(Carrier):
         class_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(targets, type) or not all(
-            callable(getattr(targets, name, None)) for name in ("read", "write", "advance_epoch")
-        ):
+        if isinstance(targets, type) or not isinstance(targets, TargetStore):
             raise TypeError(
                 "`targets` must be a target store, an object with the methods read(index), write(index, probs) and "
                 f"advance_epoch(); got {targets!r}."
             )
         self.targets = targets
-        self.alpha_schedule = schedules.check("alpha", alpha, 1.0)
+        self.alpha_schedule = alpha
         self.temperature = _checks.temperature(temperature)
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
@@ -96,11 +93,14 @@ class ProgressiveKD(Carrier):
         self._warned = False
         self._after_load()
 
+    def _alpha_at(self, epoch: int) -> float:
+        return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
+
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        self._planned_epoch(int(saved["epoch"]))
+        self._alpha_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
     def _after_load(self) -> None:
-        self.alpha.fill_(schedules.evaluate("alpha", self.alpha_schedule, int(self.epoch), 1.0))
+        self.alpha.fill_(self._alpha_at(int(self.epoch)))
 
     def forward(
         self,
@@ -113,60 +113,31 @@ class ProgressiveKD(Carrier):
         mix_lambda: float | Tensor = 1.0,
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
-        usable = _soft_targets.usable()
-        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda, usable)
-        return functional.progressive(student_logits, *arguments)
-
-    def _soft_term(
-        self,
-        student_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        index: Tensor | None,
-        mask: Tensor | None = None,
-        partner_index: Tensor | None = None,
-        mix_lambda: float | Tensor = 1.0,
-    ) -> Term | None:
-        """`forward` as soft targets that a stack may merge with others, or None."""
-        if isinstance(target, Tensor) and target.requires_grad:
-            return None
-        arguments = self._looked_up(student_logits, target, index, mask, partner_index, mix_lambda, True)
-        return functional.progressive_term(student_logits, *arguments)
-
-    def _looked_up(
-        self,
-        student_logits: Tensor,
-        target: Tensor | None,
-        index: Tensor | None,
-        mask: Tensor | None,
-        partner_index: Tensor | None,
-        mix_lambda: float | Tensor,
-        usable: bool,
-    ) -> tuple[Any, ...]:
-        """The previous predictions, and whatever else the loss depends on; where soft targets are `usable`, numbers for
-        what is known to be one."""
-        axis = self._check(student_logits, mask)
-        if target is not None and not (
-            axis == student_logits.ndim - 1 == 1 and _checks.plain_ids(target, student_logits)
-        ):
-            _checks.class_target(target, student_logits, axis)
-        known: Tensor | None
-        if index is None:
-            if partner_index is not None:
+        axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
+        previous, known = self._read(index, student_logits, axis, mask)
+        if partner_index is not None:
+            if index is None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
-            previous, known = self._nothing(student_logits, axis)
-        elif partner_index is None:
-            previous, known = self._read("index", index, student_logits, axis, mask, usable)
-        else:
-            previous, known = self._read_blended(student_logits, axis, index, mask, partner_index, mix_lambda, usable)
-        if axis != previous.ndim - 1:
-            previous = previous.movedim(-1, axis)
-        alpha = _soft_targets.number(self.alpha) if usable else self.alpha
-        return previous, target, alpha, known, self.temperature, mask, self.reduction, axis
+            partners, partner_known = self._read(partner_index, student_logits, axis, mask)
+            share = _checks.share("mix_lambda", mix_lambda, (len(index),), previous)
+            share = share.reshape(-1, *[1] * (previous.ndim - 1))
+            previous, known = share * previous + (1 - share) * partners, known & partner_known
+        return functional.progressive_kd(
+            student_logits,
+            previous.movedim(-1, axis),
+            target,
+            alpha=self.alpha,
+            known=known,
+            temperature=self.temperature,
+            mask=mask,
+            reduction=self.reduction,
+            class_dim=axis,
+        )
 
     if TYPE_CHECKING:
         __call__ = forward
 
+    @torch.no_grad()
     def update(
         self,
         student_logits: Tensor,
@@ -180,64 +151,39 @@ class ProgressiveKD(Carrier):
         Anywhere after the forward call of the same step. Nothing is written for `index=None`, for blended inputs (those
         with a `partner_index`), for masked positions and for rows with NaN or +inf. RuntimeError in eval mode.
         """
-        self._planned_update(student_logits, index=index, mask=mask, partner_index=partner_index)()
-
-    def _planned_update(
-        self,
-        student_logits: Tensor,
-        *,
-        index: Tensor | None,
-        mask: Tensor | None = None,
-        partner_index: Tensor | None = None,
-    ) -> Callable[[], None]:
-        """Everything that can be refused, refused; what is returned does the rest."""
-        if not self.training:
-            raise RuntimeError(
-                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
-                "`.train()` on the loss, or pass `index=None`."
-            )
-        axis = self._check(student_logits, mask)
-        if index is not None:
-            self._check_index("index", index, student_logits, axis, mask)
+        axis = self._check_update(student_logits, index=index, mask=mask, partner_index=partner_index)
         if index is None or partner_index is not None:
-            return _nothing_to_do
-        if isinstance(self.targets, _Table):
-            self.targets.check_whole()
-            _checks.has_values("student_logits", student_logits, self.targets.known.device)
-        return partial(self._remember, student_logits.detach(), axis, index, mask)
-
-    @torch.no_grad()
-    def _remember(self, student_logits: Tensor, axis: int, index: Tensor, mask: Tensor | None) -> None:
-        logits = functional.rows(student_logits, axis, mask)
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        probs = torch.softmax(logits, -1)
-        probs = probs if probs.ndim == 2 else probs.flatten(0, -2)
-        at, keep = _ids(index, mask), None if mask is None else mask.flatten()
-        if not (_checks.values_are_free(probs) and math.isfinite(float(probs.sum()))):
-            finite = torch.isfinite(probs.sum(-1))  # what has no softmax is NaN
-            keep = finite if keep is None else keep & finite
-        targets = self.targets
-        if not isinstance(targets, _Table):
-            targets.write(*((at, probs) if keep is None else (at[keep.to(at.device)], probs[keep])))
-        elif type(targets).write is _Table.write:
-            targets._put(at, probs, keep)  # these are distributions
+            return
+        logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
+        probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
+        if mask is not None:
+            keep = keep & mask.flatten()
+        at = index.flatten()
+        if isinstance(self.targets, Table):
+            self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
         else:
-            targets.write(at, probs, keep=keep)
-        # How many a mask leaves is not known without waiting for the device.
-        self._count(len(at) if mask is None else 1)
-
-    def _count(self, rows: int) -> None:
-        self._rows_seen += rows
-        size = getattr(self.targets, "num_samples", None)
-        if size is not None and self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
+            self.targets.write(at[keep.to(at.device)], probs[keep])
+        self._rows_seen += len(at) if mask is None else 1  # how many a mask leaves, nobody waits to know
+        size = getattr(self.targets, "num_samples", math.inf)
+        if self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
             self._warned = True
             warnings.warn(
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
+
+    def _check_update(self, student_logits: Tensor, *, mask: Tensor | None = None, **ids: Tensor | None) -> int:
+        """Refuse whatever `update` refuses; gives the class axis."""
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
+                "`.train()` on the loss, or pass `index=None`."
+            )
+        if isinstance(self.targets, Table):
+            self.targets.check_whole()
+        return self._check(student_logits, mask, **ids)
 
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch: take the next alpha and let the store exchange its rows between ranks.
@@ -247,15 +193,11 @@ class ProgressiveKD(Carrier):
         """
         self._advance(epoch, set())
 
-    def _planned_epoch(self, epoch: int | None) -> tuple[int, float]:
-        """The epoch that `advance_epoch(epoch)` leads to, and its alpha, or the reason why it is refused."""
-        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        return to, schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
-
     def _advance(self, epoch: int | None, advanced: set[int]) -> None:
         """`advance_epoch`, but a store in `advanced` is left alone: terms may share one."""
-        to, alpha = self._planned_epoch(epoch)
-        if epoch is not None and to == int(self.epoch):
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        alpha = self._alpha_at(to)  # which may be refused
+        if to == int(self.epoch):
             return
         if self._rows_seen == 0:
             warnings.warn(
@@ -271,103 +213,41 @@ class ProgressiveKD(Carrier):
         self.alpha.fill_(alpha)
         self._rows_seen = 0
 
-    def _check(self, student_logits: Tensor, mask: Tensor | None) -> int:
-        if mask is None and self.class_dim is None and _checks.plain(student_logits):
-            axis = 1
-        else:
-            axis = _checks.logits(student_logits, self.class_dim)
-            _checks.mask(mask, student_logits, axis)
+    def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:
+        """The class axis, of tensors that fit each other and the store."""
+        axis = _checks.logits(student_logits, self.class_dim)
+        _checks.mask(mask, student_logits, axis)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
         if student_logits.shape[axis] != classes:
             raise ValueError(
                 f"`student_logits` must have the {classes} classes of the target store on axis {axis}; got shape "
                 f"{tuple(student_logits.shape)}."
             )
+        shape, size = _checks.positions(student_logits, axis), getattr(self.targets, "num_samples", None)
+        for name, index in ids.items():
+            if index is not None:
+                _checks.sample_index(name, index, shape, size, mask)
         return axis
 
-    def _check_index(self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None) -> None:
-        shape = _checks.positions(student_logits, axis)
-        home = self.targets.known.device if isinstance(self.targets, _Table) else None
-        _checks.sample_index(name, index, shape, getattr(self.targets, "num_samples", None), mask, home)
-
-    def _nothing(self, student_logits: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        shape = _checks.positions(student_logits, axis)
-        previous = student_logits.new_zeros((*shape, student_logits.shape[axis]))
-        return previous, torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
-
     def _read(
-        self, name: str, index: Tensor, student_logits: Tensor, axis: int, mask: Tensor | None, usable: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The stored rows, class axis last, and whether they are known (None: all), where the logits are."""
-        shape = _checks.positions(student_logits, axis)
-        store = self.targets
-        if isinstance(store, _Table) and type(store).read is _Table.read:  # whatever a subclass may do when it writes
-            home = store.known.device
-            if not (
-                axis == len(shape) == 1 and home == student_logits.device and _checks.plain_ids(index, student_logits)
-            ):
-                _checks.sample_index(name, index, shape, None, home=home)
-            try:
-                probs, known = self._read_ours(_ids(index, mask), usable)
-            except IndexError as error:  # an id out of range, which reading finds by itself; this says so in a sentence
-                self._check_index(name, index, student_logits, axis, mask)
-                raise AssertionError(f"`{name}` is in range") from error  # pragma: no cover
-        else:
-            self._check_index(name, index, student_logits, axis, mask)
-            probs, known = self._read_others(index, mask, student_logits.shape[axis])
-        device = student_logits.device
-        if probs.device != device:  # a store elsewhere: its rows travel once
-            probs, known = probs.to(device), None if known is None else known.to(device)
-        if len(shape) == 1:
-            return probs, known
-        return probs.unflatten(0, shape), None if known is None else known.unflatten(0, shape)
-
-    def _read_ours(self, at: Tensor, usable: bool = True) -> tuple[Tensor, Tensor | None]:
-        store: Any = self.targets
-        if at.device != store.known.device:
-            at = at.to(store.known.device)
-        all_known = usable and store.complete  # a compiled step, which cannot look, serves all epochs
-        return store._probs(at), None if all_known else store.known.index_select(0, at)
-
-    def _read_others(self, index: Tensor, mask: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
-        """From a store of the user's own, which is not asked for what is masked."""
-        at, shown = index.flatten(), None
-        if mask is not None:
-            shown = mask.flatten().to(at.device).nonzero().squeeze(-1)
-            at = at[shown]
-        probs, known = self.targets.read(at)
-        wanted = (len(at), num_classes)
+        self, index: Tensor | None, student_logits: Tensor, axis: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stored rows, class axis last, and whether they are known, where the logits are; for None, none is."""
+        shape, classes = _checks.positions(student_logits, axis), student_logits.shape[axis]
+        if index is None:
+            none = torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
+            return student_logits.new_zeros((*shape, classes)), none
+        # What stands at masked positions may be no id.
+        at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
+        probs, known = self.targets.read(at.flatten())
+        wanted = (at.numel(), classes)
         if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
             raise ValueError(
                 f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
                 f"{tuple(probs.shape)} and {tuple(known.shape)}."
             )
-        if shown is None:
-            return probs, known
-        shown = shown.to(probs.device)
-        probs = probs.new_zeros(index.numel(), num_classes).index_copy_(0, shown, probs)
-        return probs, known.new_zeros(index.numel()).index_copy_(0, shown.to(known.device), known)
-
-    def _read_blended(
-        self,
-        student_logits: Tensor,
-        axis: int,
-        index: Tensor,
-        mask: Tensor | None,
-        partner_index: Tensor,
-        mix_lambda: float | Tensor,
-        usable: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """$\\lambda$ row + (1 - $\\lambda$) partner's row, known where both are."""
-        first, first_known = self._read("index", index, student_logits, axis, mask, usable)
-        second, second_known = self._read("partner_index", partner_index, student_logits, axis, mask, usable)
-        _checks.mix_lambda(mix_lambda, (len(index),), first)
-        if isinstance(mix_lambda, Tensor):
-            share: float | Tensor = mix_lambda.to(first).reshape(-1, *[1] * (first.ndim - 1))
-        else:
-            share = float(mix_lambda)
-        known = None if first_known is None or second_known is None else first_known & second_known  # both or neither
-        return share * first + (1 - share) * second, known
+        device = student_logits.device
+        return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
 
     def extra_repr(self) -> str:
         settings = (
@@ -377,12 +257,3 @@ class ProgressiveKD(Carrier):
         )
         # A store that is a module shows itself below.
         return settings if isinstance(self.targets, nn.Module) else f"{settings}\ntargets={type(self.targets).__name__}"
-
-
-def _ids(index: Tensor, mask: Tensor | None) -> Tensor:
-    """Flat ids; what stands at masked positions may be none, and becomes 0."""
-    return index.flatten() if mask is None else index.to(mask.device).masked_fill(~mask, 0).flatten()
-
-
-def _nothing_to_do() -> None:
-    pass

@@ -62,12 +62,6 @@ def called(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def check(name: str, schedule: Schedule, high: float) -> Schedule:
-    """`schedule` itself, if it gives a number in [0, high] for epoch 0."""
-    evaluate(name, schedule, 0, high)
-    return schedule
-
-
 def evaluate(name: str, schedule: Schedule, epoch: int, high: float) -> float:
     value = schedule(epoch) if callable(schedule) else schedule
     return _checks.number(f"{name}({epoch})" if callable(schedule) else name, value, 0.0, high)

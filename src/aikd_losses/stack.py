@@ -4,76 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _soft_targets, schedules
+from . import _checks, schedules
+from ._calls import calls_of, check_names, check_term, has
 from ._carrier import Carrier
-from ._soft_targets import Term
-from .deterministic import DeterministicKD
 from .progressive import ProgressiveKD
 from .schedules import Schedule
 
 STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
-_NO_SCALAR = "Term {!r} must give a scalar tensor (reduction='mean' or 'sum'); got {}."
-NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a method of a term is handed: parameter -> name of the tensor, and which of them it cannot do without."""
-
-    term: str
-    parameters: tuple[str, ...]
-    names: dict[str, str]
-    required: frozenset[str]
-
-    @classmethod
-    def of(cls, name: str, term: nn.Module, method: str, renamed: Mapping[str, str | None]) -> _Call:
-        names, required = {}, set()
-        parameters = inspect.signature(getattr(term, method)).parameters
-        for parameter, how in parameters.items():
-            if how.kind not in (how.POSITIONAL_OR_KEYWORD, how.KEYWORD_ONLY):
-                raise TypeError(
-                    f"Term {name!r} must name its tensors in `{method}`, each to be passed by keyword; got `{how}`."
-                )
-            needed = how.default is how.empty
-            tensor = renamed.get(parameter, "student_logits" if parameter == "input" else parameter)
-            if tensor is None and needed:
-                raise ValueError(f"`inputs[{name!r}]` must not withhold `{parameter}`, which the term requires.")
-            if tensor is None:
-                continue
-            names[parameter] = tensor
-            # Left out by mistake, `target` would silently make ProgressiveKD its other form.
-            if needed or (parameter == "target" and isinstance(term, ProgressiveKD)):
-                required.add(parameter)
-        return cls(name, tuple(parameters), names, frozenset(required))
-
-    def shown(self) -> str:
-        """The names of the tensors that are needed, and in brackets those that may be left out."""
-        needed = [name for parameter, name in self.names.items() if parameter in self.required]
-        taken = [name for parameter, name in self.names.items() if parameter not in self.required]
-        return ", ".join(needed) + (f" [{', '.join(taken)}]" if taken else "")
-
-    def pick(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        picked = {}
-        for parameter, name in self.names.items():
-            value = tensors.get(name)
-            if value is not None:
-                picked[parameter] = value
-            elif parameter == "index" and name in tensors:
-                picked[parameter] = None  # says: no ids here
-            elif parameter in self.required:
-                given = ", ".join(tensors) or "nothing"
-                raise TypeError(
-                    f"Term {self.term!r} needs `{name}`; got {given}. Pass it by name, or use the `inputs` of the stack "
-                    "to rename or withhold it."
-                )
-        return picked
 
 
 class LossStack(Carrier):
@@ -94,8 +37,8 @@ class LossStack(Carrier):
     `teacher_logits`, `target`, `index` and `mask` always; None counts as not given, except for `index`. `ProgressiveKD`
     needs a `target` here, unless `inputs` withholds it.
 
-    State: the epoch (int64) and the terms' own; weights follow from the epoch. `update` changes all terms or, when one of
-    ours refuses its tensors, none.
+    State: the epoch (int64) and the terms' own; weights follow from the epoch. `update` asks the terms one after the other:
+    where one refuses its tensors, those before it have taken theirs.
 
     Raises: `TypeError` for what is no term (functions, stacks, forwards with `*args` or `**kwargs`, torch losses that do not
     take logits), and for a tensor that is missing or that nobody uses; `ValueError` for the rest.
@@ -127,34 +70,15 @@ class LossStack(Carrier):
         if not isinstance(terms, Mapping | nn.ModuleDict) or len(terms) == 0:
             raise TypeError(f"`terms` must be a mapping {{name: module}} with at least one term; got {terms!r}.")
         for name, term in terms.items():
-            _check_term(name, term)
+            if isinstance(term, LossStack):
+                raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
+            check_term(name, term)
         check_names("weights", weights, terms)
         check_names("inputs", inputs, terms)
-        self.weights: dict[str, Schedule] = {
-            name: schedules.check(f"weights[{name!r}]", (weights or {}).get(name, 1.0), math.inf) for name in terms
-        }
-        for name, renamed in (inputs or {}).items():
-            if not isinstance(renamed, Mapping) or not all(isinstance(x, str | None) for x in renamed.values()):
-                raise TypeError(
-                    f"`inputs[{name!r}]` must be a mapping {{parameter: name of a tensor, or None}}; got {renamed!r}."
-                )
+        self.weights: dict[str, Schedule] = {name: (weights or {}).get(name, 1.0) for name in terms}
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
-        self._calls = {
-            method: {
-                name: _Call.of(name, term, method, self.inputs.get(name, {}))
-                for name, term in terms.items()
-                if _has(term, method)
-            }
-            for method in ("forward", "update")
-        }
-        every = [call for calls in self._calls.values() for call in calls.values()]
-        for name, renamed in self.inputs.items():
-            known = {parameter: None for call in every if call.term == name for parameter in call.parameters}
-            for parameter in renamed:
-                if parameter not in known:
-                    raise ValueError(
-                        f"`inputs[{name!r}]` must name parameters of the term, {', '.join(known)}; got {parameter!r}."
-                    )
+        self._calls = calls_of(terms, self.inputs)
+        every = (call for calls in self._calls.values() for call in calls.values())
         self._names = frozenset(STANDARD).union(*(call.names.values() for call in every))
         try:
             self.terms = nn.ModuleDict(dict(terms.items()))
@@ -179,10 +103,7 @@ class LossStack(Carrier):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _after_load(self) -> None:
-        self._fill_weights(int(self.epoch))
-
-    def _fill_weights(self, epoch: int) -> None:
-        self._weights.copy_(self._weights_at(epoch))
+        self._weights.copy_(self._weights_at(int(self.epoch)))
 
     def _weights_at(self, epoch: int) -> Tensor:
         values = [schedules.evaluate(f"weights[{name!r}]", w, epoch, math.inf) for name, w in self.weights.items()]
@@ -192,47 +113,18 @@ class LossStack(Carrier):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
-        every = dict(self.terms.items())
-        merged = self._merged(picked)
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
-        if merged:
-            weights = self._weights.tolist() if self._weights.is_cpu else self._weights
-            shares = [weights[i] for i, name in enumerate(every) if name in merged]
-            total, found = _soft_targets.evaluate(list(merged.values()), shares)
-            of_soft = _soft_targets.as_tensors(found, total.dtype) if found else [total.detach()]
-            values = dict(zip(merged, of_soft, strict=True))
-        for i, (name, term) in enumerate(every.items()):
-            if name in merged:
-                continue
+        for weight, (name, term) in zip(self._weights.unbind(), self.terms.items(), strict=True):
             value = term(**picked[name])
             if not isinstance(value, Tensor) or value.ndim:
-                raise ValueError(
-                    _NO_SCALAR.format(name, tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__)
-                )
-            weighted = self._weights[i].to(value.dtype) * value
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {found}.")
+            weighted = torch.where(weight == 0, 0.0, weight.to(value.dtype) * value)  # also of a value that is infinite
             total = weighted if total is None else total + weighted
             values[name] = value.detach()
         assert total is not None  # a stack has a term
-        return total, {name: values[name] for name in every}
-
-    def _merged(self, picked: Mapping[str, dict[str, Any]]) -> dict[str, Term]:
-        """The terms that are soft targets for the same logits and mask, to be worked out in one pass."""
-        merged: dict[str, Term] = {}
-        if not _soft_targets.usable():
-            return merged
-        same: tuple[Any, ...] | None = None  # logits, mask, class axis and type of those that are merged
-        for name, term in self.terms.items():
-            if type(term) not in (DeterministicKD, ProgressiveKD) or term.reduction == "none" or _hooked(term):
-                continue
-            given = picked[name]
-            student, mask, axis = given["student_logits"], given.get("mask"), term.class_dim
-            if same is not None and not (student is same[0] and mask is same[1] and axis == same[2]):
-                continue
-            soft: Term | None = term._soft_term(**given)  # type: ignore[operator]
-            if soft is not None and (same is None or soft.student.dtype == same[3]):
-                same, merged[name] = (student, mask, axis, soft.student.dtype), soft
-        return merged
+        return total, values
 
     if TYPE_CHECKING:
 
@@ -241,21 +133,15 @@ class LossStack(Carrier):
     def update(self, **tensors: Any) -> None:
         """Hand the tensors on to the terms that have an `update`; takes the same ones as the call."""
         self._refuse_unknown(tensors)
-        picked = {name: call.pick(tensors) for name, call in self._calls["update"].items()}
-        steps = []
-        for name, arguments in picked.items():  # all are checked before any is taken
-            term: Any = self.terms[name]
-            plan = getattr(term, "_planned_update", None)
-            steps.append((term.update, arguments) if plan is None else (plan(**arguments), {}))
-        for step, arguments in steps:
-            step(**arguments)
+        for name, call in self._calls["update"].items():
+            cast(Any, self.terms[name]).update(**call.pick(tensors))
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the terms have to say of themselves, `{"adversarial/accuracy": ...}`, to be logged beside their values."""
         return {
             f"{name}/{what}": value
             for name, term in self.terms.items()
-            if _has(term, "diagnostics")
+            if has(term, "diagnostics")
             for what, value in cast(Any, term).diagnostics().items()
         }
 
@@ -265,15 +151,12 @@ class LossStack(Carrier):
         With a number, the epoch that is about to start: what is there already stays as it is.
         """
         to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        weights = self._weights_at(to)
-        for term in self.terms.values():  # all are checked before any is advanced
-            if isinstance(term, ProgressiveKD):
-                term._planned_epoch(epoch)
+        weights = self._weights_at(to)  # which may be refused
         advanced: set[int] = set()
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
                 term._advance(epoch, advanced)
-            elif _has(term, "advance_epoch"):
+            elif has(term, "advance_epoch"):
                 advance = cast(Any, term).advance_epoch
                 advance(*([epoch] if inspect.signature(advance).parameters else []))
         self.epoch.fill_(to)
@@ -304,35 +187,3 @@ class LossStack(Carrier):
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"weight of {name}: {schedule}" for name, schedule in changing.items()]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
-
-
-def _has(term: nn.Module, method: str) -> bool:
-    return callable(getattr(term, method, None))
-
-
-def _hooked(term: nn.Module) -> bool:
-    hooks = term._forward_hooks or term._forward_pre_hooks or term._backward_hooks or term._backward_pre_hooks
-    return bool(hooks)
-
-
-def _check_term(name: object, term: object) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"`terms` must have names that are strings; got {name!r}.")
-    if isinstance(term, LossStack):
-        raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
-    if isinstance(term, type) or not isinstance(term, nn.Module):
-        hint = "" if isinstance(term, type) or not callable(term) else " Call a function in a module's `forward`."
-        raise TypeError(f"Term {name!r} must be an nn.Module (an instance); got {term!r}.{hint}")
-    if isinstance(term, NOT_OF_LOGITS):
-        raise TypeError(
-            f"Term {name!r} is a {type(term).__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "
-            "or a module of your own."
-        )
-
-
-def check_names(setting: str, given: Mapping[str, Any] | None, terms: Iterable[str]) -> None:
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"`{setting}` must be a mapping {{name: ...}}; got {given!r}.")
-    for name in () if given is None else given:
-        if name not in terms:
-            raise ValueError(f"`{setting}` must name terms, {', '.join(terms)}; got {name!r}.")

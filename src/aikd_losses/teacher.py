@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import _checks
 from ._carrier import Carrier
 
 
@@ -49,7 +48,7 @@ class FrozenTeacher(Carrier):
             raise TypeError(f"`model` must be an nn.Module (an instance); got {got}.")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise TypeError(f"`model` must not be wrapped; got {type(model).__name__}. Pass `model.module`.")
-        self.model = copying.deepcopy(model) if _checks.boolean("copy", copy) else model
+        self.model = copying.deepcopy(model) if copy else model
         self.model.requires_grad_(False)
         self.model.eval()
 

@@ -1,4 +1,4 @@
-"""The collectives that the terms use, all of them no-ops in a single process."""
+"""The collectives that the terms and stores use. Whoever calls them asks `active` first."""
 
 from __future__ import annotations
 
@@ -51,10 +51,6 @@ class Ranks:
         parts = flat.split([x.numel() for x in tensors])
         return [part.view_as(x).to(x) for part, x in zip(parts, tensors, strict=True)]
 
-    def wait(self) -> None:
-        """Until every rank has come here."""
-        self.sum([torch.zeros(1)])[0].item()
-
     def broadcast_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor overwritten with that of the group's first rank."""
         first = dist.get_global_rank(self.group or dist.group.WORLD, 0)  # type: ignore[arg-type]  # initialised: never None
@@ -63,35 +59,28 @@ class Ranks:
             dist.broadcast(sent, src=first, group=self.group)
             x.detach().copy_(sent)
 
-    def gather_numbers(self, number: int, device: torch.device) -> list[int]:
-        """An int64 of every rank."""
-        own = self._reachable(torch.tensor([number], device=device))
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(every, own, group=self.group)
-        return torch.cat(every).tolist()
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """`x`, of one shape on all, from every rank; sent as bytes, which every backend knows."""
+        sent = self._reachable(x.reshape(len(x), -1))
+        received = [torch.empty_like(sent) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather([y.view(torch.uint8) for y in received], sent.view(torch.uint8), group=self.group)
+        return [y.view(x.shape).to(x.device) for y in received]
 
-    def gather_rows(self, index: Tensor, tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """What all ranks hold in the rows `index` of their `tables`: (index, rows of each table), a chunk of a rank at a
-        time, in the same order on every rank. What is received at a time is bounded by `CHUNK_BYTES`."""
-        sizes = self.gather_numbers(index.numel(), index.device)
+    def gather_number(self, number: int, device: torch.device) -> list[int]:
+        """An int64 of every rank; nobody has it before all have come here."""
+        return torch.cat(self.gather(torch.tensor([number], device=device))).tolist()
+
+    def gather_rows(self, index: Tensor, tables: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """What all ranks hold in the rows `index` of their `tables`: the index, then the rows of each table; a chunk of a rank
+        at a time, in the same order on every rank. What is received at a time is bounded by `CHUNK_BYTES`."""
+        sizes = self.gather_number(len(index), index.device)
         row_bytes = 8 + sum(table[0].numel() * table.element_size() for table in tables)
         step = max(1, CHUNK_BYTES // (row_bytes * len(sizes)))
         for start in range(0, max(sizes), step):
-            length = min(step, max(sizes) - start)
-            mine = index[start : start + length]
-            columns = [self._gather(mine, length)]
-            columns += [self._gather(table.index_select(0, mine), length) for table in tables]
+            at = index[start : start + step]
+            padded = index.new_zeros(min(step, max(sizes) - start))
+            padded[: len(at)] = at
+            columns = [self.gather(x) for x in (padded, *(table.index_select(0, padded) for table in tables))]
             for rank, size in enumerate(sizes):
-                filled = max(0, min(length, size - start))
-                if filled:
-                    rows = [column[rank][:filled].to(index.device) for column in columns]
-                    yield rows[0], rows[1:]
-
-    def _gather(self, rows: Tensor, length: int) -> list[Tensor]:
-        """`rows` of every rank, each padded to `length`; sent as bytes, which every backend knows."""
-        sent = torch.zeros((length, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        sent[: len(rows)] = rows
-        sent = self._reachable(sent.reshape(length, -1))
-        received = [torch.empty_like(sent) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather([x.view(torch.uint8) for x in received], sent.view(torch.uint8), group=self.group)
-        return [x.reshape(length, *rows.shape[1:]) for x in received]
+                if size > start:
+                    yield [column[rank][: size - start] for column in columns]

@@ -1,0 +1,114 @@
+"""KD of two linear heads from their hidden states: a language model's logits never exist whole."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._divergences import divergence_rows, kl_with_gradient, no_autocast, wide
+from ._fused import Slopes, with_its_gradient
+
+LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
+
+
+def linear_deterministic_kd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 2.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""`deterministic_kd` of two linear heads, from hidden states: the logits, mostly a language model's largest tensors, never
+    exist whole.
+
+    $$T^2\,\mathrm{KL}(p_T \,\|\, q_T), \qquad s = h_s W_s^\top + b_s, \quad t = h_t W_t^\top + b_t$$
+
+    Args:
+        student_hidden, teacher_hidden: `(*, D_s)` and `(*, D_t)`, of the same positions.
+        student_weight, teacher_weight: `(C, D_s)` and `(C, D_t)`, as in `nn.Linear`; the biases are `(C,)`.
+        temperature: T > 0 (default 2).
+        mask: bool `(*,)`, True = counts.
+        reduction: `"mean"` (default) or `"sum"` over the positions that count.
+
+    Returns a scalar in nats. The logits are made in float32 at least, as half precision would round their differences away. The
+    gradients of the student's three tensors are made with the value, in blocks of positions; under `torch.compile` and
+    `torch.func`, and to be differentiated once more, the logits are made whole.
+
+    >>> h, w, other = torch.randn(6, 4), torch.randn(10, 4), torch.randn(10, 4)
+    >>> value = linear_deterministic_kd(h, w, h, other)
+    >>> torch.testing.assert_close(value, deterministic_kd(h @ w.T, h @ other.T))
+
+    Reference: making the gradient of a head's loss chunk by chunk in the forward pass: Hsu et al., *Liger Kernel: Efficient
+    Triton Kernels for LLM Training*, 2024, https://arxiv.org/abs/2410.10989.
+    """
+    temperature = _checks.temperature(temperature)
+    _checks.choice("reduction", reduction, ("mean", "sum"))
+    axis = student_hidden.ndim - 1
+    _checks.mask(mask, _checks.floating("student_hidden", student_hidden), axis)
+    for name, mine, other in (
+        ("positions", _checks.floating("teacher_hidden", teacher_hidden).shape[:-1], student_hidden.shape[:-1]),
+        ("classes", teacher_weight.shape[:1], student_weight.shape[:1]),
+    ):
+        if mine != other:
+            raise ValueError(f"The teacher must have the {name} of the student, {tuple(other)}; got {tuple(mine)}.")
+    positions = student_hidden.shape[:-1]
+    counts = student_hidden.new_ones(positions, dtype=torch.bool) if mask is None else mask
+    heads = []
+    for hidden, weight, bias in (
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()),
+    ):
+        visible = hidden if mask is None else hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+        heads += [
+            visible.reshape(-1, hidden.shape[-1]),
+            weight,
+            weight.new_zeros(len(weight)) if bias is None else bias,
+        ]
+    with no_autocast(student_hidden):
+        total = with_its_gradient(
+            partial(_plain, temperature), partial(_blocks, temperature), 3, *heads, counts.flatten()
+        )
+    return total / counts.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+    return torch.nn.functional.linear(*wide(hidden, weight, bias)).masked_fill(~counts.unsqueeze(-1), 0.0)
+
+
+def _plain(temperature: float, *tensors: Tensor) -> Tensor:
+    """The sum over positions."""
+    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
+    student, teacher = _logits(h, w, b, counts), _logits(teacher_h, teacher_w, teacher_b, counts)
+    return divergence_rows(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
+
+
+def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+    """The same, and its gradients: those of the logits go through the head a block at a time."""
+    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
+    h_all, w, b = wide(h, w, b)
+    teacher_w = teacher_w.to(torch.promote_types(teacher_w.dtype, torch.float32))  # once, and not in every block
+    slopes = tuple(torch.zeros_like(x) for x in (h_all, w, b)) if wanted else None
+    total = h_all.new_zeros(())
+    step = max(1, LINEAR_BLOCK // len(w))
+    for start in range(0, len(h_all), step):
+        rows = slice(start, start + step)
+        student, teacher = (
+            _logits(h_all[rows], w, b, counts[rows]),
+            _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows]),
+        )
+        values, slope = kl_with_gradient(student, teacher, temperature=temperature, scale=1.0)
+        total = total + values.sum()
+        if slopes is not None:
+            slope = slope.to(w.dtype)
+            slopes[0][rows] = slope @ w
+            slopes[1].addmm_(slope.t(), h_all[rows])
+            slopes[2].add_(slope.sum(0))
+    return total, slopes
