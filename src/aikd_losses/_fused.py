@@ -70,7 +70,7 @@ def rowwise_loss(plain: Plain, with_gradient: RowsWithGradient, reduction: str, 
 def _reduced(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values
-    return values.sum() / max(1, len(values)) if reduction == "mean" else values.sum()
+    return values.mean() if reduction == "mean" and len(values) else values.sum()
 
 
 class _WithGradient(torch.autograd.Function):
