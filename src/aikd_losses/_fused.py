@@ -95,9 +95,9 @@ class _WithGradient(torch.autograd.Function):
         else:
             if slopes is None:  # the first backward pass took them
                 _, slopes = ctx.with_gradient(True, *tensors)
-            slopes = tuple(_times(slope, grad.unsqueeze(-1) if ctx.rowwise else grad) for slope in slopes)
-        cast = (slope.to(x.dtype) for slope, x in zip(slopes, tensors, strict=False))
-        return None, *cast, *[None] * (len(tensors) - ctx.learned)
+            grad = grad.unsqueeze(-1) if ctx.rowwise else grad
+            slopes = tuple([_times(slope, grad) for slope in slopes])
+        return None, *slopes, *[None] * (len(tensors) - ctx.learned)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
