@@ -11,6 +11,7 @@ from torch import nn
 
 from .progressive import ProgressiveKD
 
+METHODS = ("forward", "update")
 NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
 
 
@@ -19,30 +20,27 @@ class Call:
     """What a method of a term is handed: parameter -> name of the tensor, and which of them it cannot do without."""
 
     term: str
-    parameters: tuple[str, ...]
     names: dict[str, str]
-    required: frozenset[str]
+    required: set[str]
 
     @classmethod
     def of(cls, name: str, term: nn.Module, method: str, renamed: Mapping[str, str | None]) -> Call:
-        names, required = {}, set()
-        parameters = inspect.signature(getattr(term, method)).parameters
-        for parameter, how in parameters.items():
+        call = cls(name, {}, set())
+        for parameter, how in inspect.signature(getattr(term, method)).parameters.items():
             if how.kind not in (how.POSITIONAL_OR_KEYWORD, how.KEYWORD_ONLY):
                 raise TypeError(
                     f"Term {name!r} must name its tensors in `{method}`, each to be passed by keyword; got `{how}`."
                 )
             needed = how.default is how.empty
             tensor = renamed.get(parameter, "student_logits" if parameter == "input" else parameter)
-            if tensor is None and needed:
+            if tensor is not None:
+                call.names[parameter] = tensor
+            elif needed:
                 raise ValueError(f"`inputs[{name!r}]` must not withhold `{parameter}`, which the term requires.")
-            if tensor is None:
-                continue
-            names[parameter] = tensor
             # Left out by mistake, `target` would silently make ProgressiveKD its other form.
-            if needed or (parameter == "target" and isinstance(term, ProgressiveKD)):
-                required.add(parameter)
-        return cls(name, tuple(parameters), names, frozenset(required))
+            if tensor is not None and (needed or (parameter == "target" and isinstance(term, ProgressiveKD))):
+                call.required.add(parameter)
+        return call
 
     def shown(self) -> str:
         """The names of the tensors that are needed, and in brackets those that may be left out."""
@@ -69,6 +67,23 @@ class Call:
 
 def has(term: nn.Module, method: str) -> bool:
     return callable(getattr(term, method, None))
+
+
+def calls_of(terms: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, dict[str, Call]]:
+    """Those of the terms' methods: {method: {term: call}}."""
+    for name, renamed in inputs.items():
+        methods = [getattr(terms[name], method) for method in METHODS if has(terms[name], method)]
+        known = {parameter: None for method in methods for parameter in inspect.signature(method).parameters}
+        for parameter, tensor in renamed.items():
+            if parameter not in known or not isinstance(tensor, str | None):
+                raise ValueError(
+                    f"`inputs[{name!r}]` must give parameters of the term, {', '.join(known)}, the name of a tensor or None; "
+                    f"got {parameter!r}: {tensor!r}."
+                )
+    return {
+        method: {name: Call.of(name, x, method, inputs.get(name, {})) for name, x in terms.items() if has(x, method)}
+        for method in METHODS
+    }
 
 
 def check_term(name: object, term: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
@@ -76,9 +77,7 @@ class ProgressiveKD(Carrier):
         class_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(targets, type) or not all(
-            callable(getattr(targets, name, None)) for name in ("read", "write", "advance_epoch")
-        ):
+        if isinstance(targets, type) or not isinstance(targets, TargetStore):
             raise TypeError(
                 "`targets` must be a target store, an object with the methods read(index), write(index, probs) and "
                 f"advance_epoch(); got {targets!r}."
@@ -94,11 +93,14 @@ class ProgressiveKD(Carrier):
         self._warned = False
         self._after_load()
 
+    def _alpha_at(self, epoch: int) -> float:
+        return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
+
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        self._planned_epoch(int(saved["epoch"]))
+        self._alpha_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
     def _after_load(self) -> None:
-        self.alpha.fill_(schedules.evaluate("alpha", self.alpha_schedule, int(self.epoch), 1.0))
+        self.alpha.fill_(self._alpha_at(int(self.epoch)))
 
     def forward(
         self,
@@ -161,17 +163,18 @@ class ProgressiveKD(Carrier):
             self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
-        # How many a mask leaves is not known without waiting for the device.
-        self._count(len(at) if mask is None else 1)
+        self._rows_seen += len(at) if mask is None else 1  # how many a mask leaves, nobody waits to know
+        size = getattr(self.targets, "num_samples", math.inf)
+        if self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
+                "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
+                UserWarning,
+                stacklevel=3,
+            )
 
-    def _check_update(
-        self,
-        student_logits: Tensor,
-        *,
-        index: Tensor | None,
-        mask: Tensor | None = None,
-        partner_index: Tensor | None = None,
-    ) -> int:
+    def _check_update(self, student_logits: Tensor, *, mask: Tensor | None = None, **ids: Tensor | None) -> int:
         """Refuse whatever `update` refuses; gives the class axis."""
         if not self.training:
             raise RuntimeError(
@@ -180,19 +183,7 @@ class ProgressiveKD(Carrier):
             )
         if isinstance(self.targets, Table):
             self.targets.check_whole()
-        return self._check(student_logits, mask, index=index, partner_index=partner_index)
-
-    def _count(self, rows: int) -> None:
-        self._rows_seen += rows
-        size = getattr(self.targets, "num_samples", None)
-        if size is not None and self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
-                "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
-                UserWarning,
-                stacklevel=3,
-            )
+        return self._check(student_logits, mask, **ids)
 
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch: take the next alpha and let the store exchange its rows between ranks.
@@ -202,15 +193,11 @@ class ProgressiveKD(Carrier):
         """
         self._advance(epoch, set())
 
-    def _planned_epoch(self, epoch: int | None) -> tuple[int, float]:
-        """The epoch that `advance_epoch(epoch)` leads to, and its alpha, or the reason why it is refused."""
-        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        return to, schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
-
     def _advance(self, epoch: int | None, advanced: set[int]) -> None:
         """`advance_epoch`, but a store in `advanced` is left alone: terms may share one."""
-        to, alpha = self._planned_epoch(epoch)
-        if epoch is not None and to == int(self.epoch):
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        alpha = self._alpha_at(to)  # which may be refused
+        if to == int(self.epoch):
             return
         if self._rows_seen == 0:
             warnings.warn(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, schedules
-from ._calls import Call, check_names, check_term, has
+from ._calls import calls_of, check_names, check_term, has
 from ._carrier import Carrier
 from .progressive import ProgressiveKD
 from .schedules import Schedule
@@ -76,28 +76,9 @@ class LossStack(Carrier):
         check_names("weights", weights, terms)
         check_names("inputs", inputs, terms)
         self.weights: dict[str, Schedule] = {name: (weights or {}).get(name, 1.0) for name in terms}
-        for name, renamed in (inputs or {}).items():
-            if not isinstance(renamed, Mapping) or not all(isinstance(x, str | None) for x in renamed.values()):
-                raise TypeError(
-                    f"`inputs[{name!r}]` must be a mapping {{parameter: name of a tensor, or None}}; got {renamed!r}."
-                )
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
-        self._calls = {
-            method: {
-                name: Call.of(name, term, method, self.inputs.get(name, {}))
-                for name, term in terms.items()
-                if has(term, method)
-            }
-            for method in ("forward", "update")
-        }
-        every = [call for calls in self._calls.values() for call in calls.values()]
-        for name, renamed in self.inputs.items():
-            known = {parameter: None for call in every if call.term == name for parameter in call.parameters}
-            for parameter in renamed:
-                if parameter not in known:
-                    raise ValueError(
-                        f"`inputs[{name!r}]` must name parameters of the term, {', '.join(known)}; got {parameter!r}."
-                    )
+        self._calls = calls_of(terms, self.inputs)
+        every = (call for calls in self._calls.values() for call in calls.values())
         self._names = frozenset(STANDARD).union(*(call.names.values() for call in every))
         try:
             self.terms = nn.ModuleDict(dict(terms.items()))
@@ -170,10 +151,7 @@ class LossStack(Carrier):
         With a number, the epoch that is about to start: what is there already stays as it is.
         """
         to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        weights = self._weights_at(to)
-        for term in self.terms.values():  # all are checked before any is advanced
-            if isinstance(term, ProgressiveKD):
-                term._planned_epoch(epoch)
+        weights = self._weights_at(to)  # which may be refused
         advanced: set[int] = set()
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
