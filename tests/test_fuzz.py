@@ -196,8 +196,6 @@ CALLS = {  # name: the world -> (a function, arguments that are not those of the
     },
     "AdversarialObjective": lambda w: (AdversarialObjective, dict(discriminator=len, student=len)),
     "FrozenTeacher": lambda w: (FrozenTeacher, dict(copy=...)),
-    "LossStack weights": lambda w: (lambda x: LossStack(w.given["terms"], weights={"kd": x}), dict(x=0.5)),
-    "LossStack inputs": lambda w: (lambda x: LossStack(w.given["terms"], inputs={"kd": x}), dict(x={})),
     "LossStack()": lambda w: (w.keep(LossStack({"kd": DeterministicKD(), "b": progressive()})).forward, {}),
     "LossStack.update": lambda w: (w.keep(LossStack({"p": progressive()})).update, {}),
     "LossStack.advance_epoch": lambda w: (
