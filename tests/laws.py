@@ -146,7 +146,7 @@ def of_tensors(stack: Any, x: Batch) -> Tensor:
 def of_heads(student: Tensor, teacher: Tensor, *, class_dim: int | None = None, **settings: Any) -> Tensor:
     """Heads whose logits are their hidden states."""
     s, t = (x.movedim(class_dim or -1, -1) for x in (student, teacher))
-    same = torch.eye(C, dtype=s.dtype)
+    same = torch.eye(C, dtype=s.dtype, device=s.device)
     return linear_deterministic_kd(s, same, t, same, **settings)
 
 
@@ -465,6 +465,14 @@ def extreme_logits_give_a_finite_value_and_gradient(kind: Kind) -> None:
         for temperature in (0.05, 1.0, 1e3):
             x = batch().of(slice(5))._replace(student=extreme.to(dtype), teacher=extreme.flip(1).to(dtype))
             assert all(y.isfinite().all() for y in gradient(kind, made(kind, temperature=temperature), x))
+
+
+@law(*OF_STUDENT, "discriminator")
+def it_reads_nothing_from_its_device(kind: Kind) -> None:
+    """The meta device stands in for one: a `.item()`, a branch on a value or a copy to the host raises there."""
+    loss, x = made(kind), Batch(*(y.to("meta") for y in batch(masked=True)))
+    found = gradient(kind, loss.to("meta") if isinstance(loss, nn.Module) else loss, x)
+    assert all(y.is_meta for y in found)
 
 
 STORED = ("ProgressiveKD", "ProgressiveKD at T=1", "ProgressiveKD to probabilities", "ProgressiveKD without target")

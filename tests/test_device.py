@@ -1,25 +1,14 @@
 """No step waits for its device: here the meta device stands in for one, as nothing can be read from it.
 
-A `.item()`, a branch on a value, a boolean index or a copy to the host raises on it.
+A `.item()`, a branch on a value, a boolean index or a copy to the host raises on it. Single losses: a law in `laws.py`.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from laws import DIVERGENCES, OBJECTIVES
 
-from aikd_losses import (
-    AdversarialDistributionLoss,
-    AIKDLoss,
-    CachedTargets,
-    DeterministicKD,
-    EMATargets,
-    GradientPenalty,
-    MLPDiscriminator,
-    ProgressiveKD,
-    ZeroCenteredPenalty,
-)
+from aikd_losses import AIKDLoss, CachedTargets, EMATargets, MLPDiscriminator, ProgressiveKD
 from aikd_losses.functional import progressive_kd
 
 META = torch.device("meta")
@@ -63,27 +52,11 @@ def test_a_whole_step_of_the_method_reads_nothing_from_the_device(tensors, maske
     criterion.update(**tensors)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_divergence_reads_nothing_from_the_device(tensors, divergence):
-    loss = DeterministicKD(divergence=divergence)
-    loss(tensors["student_logits"], tensors["teacher_logits"], mask=tensors["mask"]).backward()
-    assert tensors["student_logits"].grad.shape == (N, C)
-
-
 @pytest.mark.parametrize("home", [META, torch.device("cpu")])
 def test_an_alpha_is_not_read_from_its_device_and_goes_to_that_of_the_logits(tensors, home):
     s, p = tensors["student_logits"], tensors["teacher_logits"].softmax(-1)
     for alpha in (torch.tensor(0.5, device=home), torch.rand(N, device=home)):
         assert progressive_kd(s, p, tensors["target"], alpha=alpha, mask=tensors["mask"]).is_meta
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("penalty", [None, GradientPenalty(10.0), ZeroCenteredPenalty(1.0)])
-def test_every_objective_and_penalty_reads_nothing_from_the_device(tensors, objective, penalty):
-    loss = AdversarialDistributionLoss(MLPDiscriminator(C), objective=objective, penalty=penalty).to(META)
-    logits = tensors["student_logits"], tensors["teacher_logits"]
-    loss(*logits, mask=tensors["mask"]).backward()
-    assert loss.discriminator_loss(*logits, mask=tensors["mask"]).is_meta
 
 
 @pytest.mark.parametrize(
@@ -99,12 +72,11 @@ def test_every_store_is_read_and_written_without_reading_the_device(tensors, sto
     assert loss(tensors["student_logits"], tensors["target"], index=None, mask=tensors["mask"]).is_meta
 
 
-def test_rows_of_a_store_elsewhere_travel_to_the_logits_and_ids_to_the_store(tensors):
+def test_rows_of_a_store_elsewhere_travel_to_the_logits(tensors):
     loss = ProgressiveKD(CachedTargets(20, C, device="cpu"))
     value = loss(tensors["student_logits"], tensors["target"], index=torch.arange(N))
     assert value.is_meta
     value.backward()
-    assert CachedTargets(20, C, device=META).read(torch.arange(N))[0].is_meta
 
 
 def test_a_criterion_on_the_meta_device_loads_one_that_is_there_too():

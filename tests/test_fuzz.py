@@ -123,8 +123,7 @@ class World:
         self.step = dict(student_logits=s, teacher_logits=t, target=y, index=index, mask=mask)
         self.given = self.step | dict(partner_index=index.flip(0), mix_lambda=torch.rand(N), condition=y)
         self.given |= dict(previous=p, probs=p, known=mask.flip(0), alpha=0.5, epoch=1, weight=10.0, gamma=10.0)
-        self.given |= dict(student_hidden=torch.randn(N, D), student_weight=torch.randn(C, D))
-        self.given |= dict(teacher_hidden=torch.randn(N, D), teacher_weight=torch.randn(C, D))
+        self.heads = torch.randn(N, D), torch.randn(C, D), torch.randn(N, D), torch.randn(C, D)
         self.given |= dict(num_samples=N, num_classes=C, num_epochs=3, end=0.5, decay=0.5, dataset=[1, 2])
         self.given |= dict(targets=CachedTargets(N, C), discriminator=MLPDiscriminator(C), model=nn.Linear(2, 2))
         self.given |= dict(terms={"kd": DeterministicKD()}, weights=None, dtype=torch.float32)
@@ -158,14 +157,19 @@ def penalized(penalty=GradientPenalty(), **settings):  # noqa: B008
 
 
 NO_CONDITION, UNBLENDED = dict(condition=None), dict(partner_index=None, mix_lambda=1.0)
-FUNCTIONS = (deterministic_kd, progressive_kd, linear_deterministic_kd)
 CLASSES = (DeterministicKD, ProgressiveKD, CachedTargets, EMATargets, MLPDiscriminator, LinearRamp, IndexedDataset)
 CLASSES += (GradientPenalty, ZeroCenteredPenalty, LossStack, AdversarialDistributionLoss)
 CALLS = {  # name: the world -> (a function, arguments that are not those of the world)
-    **{f.__name__: lambda w, f=f: (f, {}) for f in (*FUNCTIONS, *CLASSES)},
+    **{f.__name__: lambda w, f=f: (f, {}) for f in (deterministic_kd, progressive_kd, *CLASSES)},
     "deterministic_kd js": lambda w: (deterministic_kd, dict(divergence="js")),
     "progressive_kd soft": lambda w: (progressive_kd, dict(target=w.given["probs"].flip(0), reduction="none")),
     "progressive_kd each": lambda w: (progressive_kd, dict(alpha=torch.rand(N), temperature=2.0, class_dim=-1)),
+    "linear_deterministic_kd": lambda w: (
+        lambda temperature, mask, reduction: linear_deterministic_kd(
+            *w.heads, temperature=temperature, mask=mask, reduction=reduction
+        ),
+        dict(temperature=2.0, reduction="mean"),
+    ),
     "DeterministicKD()": lambda w: (DeterministicKD().forward, {}),
     "ProgressiveKD()": lambda w: (w.keep(progressive()).forward, {}),
     "ProgressiveKD() of an EMA": lambda w: (w.keep(progressive(EMATargets)).forward, UNBLENDED),
@@ -209,8 +213,6 @@ CALLS = {  # name: the world -> (a function, arguments that are not those of the
         partial(check_setup, w.keep(LossStack({"ce": nn.CrossEntropyLoss(), "p": progressive()}))),
         dict(model=None, target=w.given["probs"], teacher_logits=...),
     ),
-    "IndexedDataset[]": lambda w: ((lambda i: IndexedDataset([1, 2])[i]), dict(i=1)),
-    "IndexedDataset of many": lambda w: ((lambda i: IndexedDataset([1, 2]).__getitems__([0, i])), dict(i=1)),
     "LinearRamp()": lambda w: (LinearRamp(0.5, 3), {}),
     **{
         f"{type(x).__name__}.load_state_dict {len(x.state_dict())}": lambda w, x=x: (
@@ -223,7 +225,8 @@ CALLS = {  # name: the world -> (a function, arguments that are not those of the
 OWN = (ValueError, TypeError, IndexError, RuntimeError)
 SENTENCE = re.compile(
     r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
-    r"|device\(\) received|device string|device when none|meta tensor|not implemented for|not a mapping"  # torch's own, which say what is wrong
+    # torch's and Python's own, which say what is wrong
+    r"|device\(\) received|device string|device when none|meta tensor|not implemented for|not a mapping"
 )
 
 

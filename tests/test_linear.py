@@ -14,8 +14,6 @@ from aikd_losses import linear
 from aikd_losses.functional import linear_deterministic_kd
 
 POSITIONS, C = (3, 5), 11
-OF_TEACHER = {"teacher_hidden": (*POSITIONS, 6), "teacher_weight": (C, 6), "teacher_bias": (C,)}
-OF_STUDENT = {"student_hidden": (*POSITIONS, 4), "student_weight": (C, 4), "student_bias": (C,)}
 
 
 @pytest.fixture(params=["whole", "blocks"], autouse=True)
@@ -27,8 +25,11 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def tensors():
-    student = {name: torch.randn(size).double().requires_grad_() for name, size in OF_STUDENT.items()}
-    return student | {name: torch.randn(size).double() for name, size in OF_TEACHER.items()}
+    return {
+        f"{side}_{name}": torch.randn(size).double().requires_grad_(side == "student")
+        for side, width in (("student", 4), ("teacher", 6))
+        for name, size in (("hidden", (*POSITIONS, width)), ("weight", (C, width)), ("bias", (C,)))
+    }
 
 
 def usual(x, temperature=2.0, mask=None, reduction="mean"):
@@ -90,12 +91,6 @@ def test_half_precision_and_autocast_compute_in_float32(tensors):
     assert low["student_weight"].grad.dtype == torch.bfloat16
 
 
-def test_float32_heads_are_float64_ones_but_for_rounding():
-    h, w, other = torch.randn(15, 64), torch.randn(11, 64), torch.randn(11, 64)
-    given = dict(student_hidden=h, student_weight=w, teacher_hidden=h, teacher_weight=other)
-    assert_close(linear_deterministic_kd(**given).double(), usual(given), rtol=1e-5, atol=0)
-
-
 def test_gradients_of_half_precision_heads_are_summed_in_float32(monkeypatch):
     monkeypatch.setattr(linear, "LINEAR_BLOCK", 11)  # a position at a time
     h, w, other = (torch.randn(size).bfloat16() for size in ((512, 4), (11, 4), (11, 4)))
@@ -120,43 +115,22 @@ def test_the_logits_never_exist_whole(monkeypatch):
     assert most < 0.5 * 512 * 2000 * 4
 
 
-def test_two_classes_are_enough(tensors):
-    of_two = {name: x if "hidden" in name else x[:2] for name, x in tensors.items()}
-    assert_close(linear_deterministic_kd(**of_two), usual(of_two))
-
-
-def no_matrix(side, weight, hidden):
-    wanted = f"(C, D) with at least 2 classes for `{side}_hidden` of shape (*, D)"
-    return f"`{side}_weight` must be {wanted}; got {weight} and {hidden}."
-
-
-HOME = "must be on the device of `student_hidden`, cpu; got meta. Move it with `.to('cpu')`."
 REFUSED = [
-    ({"student_weight": torch.randn(C, 5)}, ValueError, no_matrix("student", (C, 5), (3, 5, 4))),
-    ({"student_weight": torch.randn(C, 4, 4)}, ValueError, no_matrix("student", (C, 4, 4), (3, 5, 4))),
-    ({"student_weight": torch.randn(1, 4)}, ValueError, no_matrix("student", (1, 4), (3, 5, 4))),
-    ({"teacher_hidden": torch.randn(6)}, ValueError, no_matrix("teacher", (C, 6), (6,))),
-    ({"student_bias": torch.randn(3)}, ValueError, "`student_bias` must have the shape (11,); got (3,)."),
     (
         {"teacher_weight": torch.randn(9, 6), "teacher_bias": None},
         ValueError,
-        "`teacher_weight` must have the classes of the student, (11,); got (9,).",
+        "The teacher must have the classes of the student, (11,); got (9,).",
     ),
     (
         {"teacher_hidden": torch.randn(3, 4, 6)},
         ValueError,
-        "`teacher_hidden` must have the positions of the student, (3, 5); got (3, 4).",
+        "The teacher must have the positions of the student, (3, 5); got (3, 4).",
     ),
     (
         {"teacher_hidden": torch.ones(3, 5, 6).long()},
         TypeError,
         "`teacher_hidden` must be floating point; got torch.int64.",
     ),
-    ({"student_hidden": None}, TypeError, "`student_hidden` must be a torch.Tensor; got NoneType."),
-    ({"student_weight": [1.0]}, TypeError, "`student_weight` must be a torch.Tensor; got list."),
-    ({"teacher_bias": 0.0}, TypeError, "`teacher_bias` must be a torch.Tensor; got float."),
-    ({"student_bias": torch.randn(C, device="meta")}, ValueError, f"`student_bias` {HOME}"),
-    ({n: torch.randn(size, device="meta") for n, size in OF_TEACHER.items()}, ValueError, f"`teacher_hidden` {HOME}"),
     ({"reduction": "none"}, ValueError, "`reduction` must be one of 'mean', 'sum'; got 'none'."),
     ({"temperature": 0.0}, ValueError, "`temperature` must be a finite number above 0; got 0.0."),
     (

@@ -119,7 +119,7 @@ def test_an_adversarial_loss_shows_its_parts_without_addresses():
         f"objective=AdversarialObjective(discriminator=falling, student={name}, paired=True), inputs='probs', "
         "temperature=1.0, reduction='mean', class_dim=-1",
         "discriminator=Sequential(), 21 parameters",
-        "penalty=falling, optimizer=SGD(lr=0.001, lr=0.1)",
+        "penalty=falling, optimizer=SGD(lr=0.1, 0.001)",
     ]
     plain = AdversarialDistributionLoss(discriminator, objective="hinge").extra_repr().splitlines()
     assert plain[0].startswith("objective='hinge', ")

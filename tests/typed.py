@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     criterion(student_logits=s, teacher_logits=t, target=y)  # type: ignore[call-arg]
     criterion(student_logits=s, teacher=t, target=y, index=i)  # type: ignore[call-arg]
     criterion.update(student_logits=s, teacher_logits=t, target=y, index=i)
-    criterion.update(student_logits=s, index=i)  # type: ignore[call-arg]
     criterion.advance_epoch()
     criterion(student_logits=s, teacher_logits=t, target=y, index=i).backward()  # type: ignore[attr-defined]
     al.AIKDLoss(4, 3)  # type: ignore[call-arg]

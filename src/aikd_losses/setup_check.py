@@ -87,8 +87,8 @@ class _Step:
         self.stack: Any = criterion
         self.terms: dict[str, Any] = dict(self.stack.terms.items())
         for name, x in {**given, "criterion": self.stack.epoch}.items():
-            if isinstance(x, Tensor):
-                _checks.has_values(name, x, torch.device("cpu"))
+            if isinstance(x, Tensor) and x.is_meta:
+                raise ValueError(f"`{name}` must have values, to be looked at; got a tensor on the meta device.")
         self.reports, self.state, self.teachers = list[TermReport](), dict[str, str](), list[Any]()
         self.given, self.tensors, self.rows = given, dict(given), dict[str, Tensor]()
         logits: Any = given.get("student_logits")
