@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -48,40 +47,36 @@ class Table(Carrier):
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
-        if path is not None and not (isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)):
-            raise TypeError(f"`path` must be a str or os.PathLike; got {path!r}.")
-        self.path = None if path is None else os.path.abspath(os.fspath(path))
+        if path is not None and device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {device}.")
+        self.path = None if path is None else os.path.abspath(path)
         self.pinned = device is not None or path is not None
-        home = torch.get_default_device() if device is None else torch.device(device)
-        if path is not None and device is not None and home.type != "cpu":
-            raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
-        self._allocate(home, create=True)
-        self._last_write = torch.full((self.num_samples,), -1, dtype=torch.int64, device=self.known.device)
-        self._num_written = 0
-
-    def _allocate(self, device: torch.device, create: bool) -> None:
-        n, width = self.num_samples, self.top_k or self.num_classes
-        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (self.dtype, (n, width))}
+        columns = {
+            "rows": (self.dtype, (self.num_samples, self.top_k or self.num_classes)),
+            "known": (torch.bool, (self.num_samples,)),
+        }
         if self.top_k is not None:
-            small = [d for d in (torch.uint8, torch.int16, torch.int32) if self.num_classes - 1 <= torch.iinfo(d).max]
-            columns["classes"] = (small[0], (n, width))
-        columns["known"] = (torch.bool, (n,))
+            integers = (torch.uint8, torch.int16, torch.int32)
+            smallest = next(d for d in integers if self.num_classes - 1 <= torch.iinfo(d).max)
+            columns["classes"] = (smallest, (self.num_samples, self.top_k))
         if self.path is None:
             self._file = None
             table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
         else:
-            facts = {"num_samples": n, "num_classes": self.num_classes, "dtype": str(self.dtype), "top_k": self.top_k}
-            self._file = MappedFile(self.path, facts, columns, create)
+            facts = {"num_samples": num_samples, "num_classes": num_classes, "dtype": str(dtype), "top_k": top_k}
+            self._file = MappedFile(self.path, facts, columns)
             table = self._file.columns
         self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
+        self._last_write = torch.full((self.num_samples,), -1, device=self.known.device)
+        self._num_written = 0
 
     def check_whole(self) -> None:
         """RuntimeError where the file was left by a process that ended while it wrote."""
         if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
             raise RuntimeError(
-                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows of two "
-                "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file "
-                "to start without history."
+                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows "
+                "of two epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or "
+                "delete the file to start without history."
             )
 
     @torch.no_grad()
@@ -92,13 +87,11 @@ class Table(Carrier):
         self.check_whole()
         at = index.to(self.known.device)
         probs, known = self.rows.index_select(0, at).float(), self.known.index_select(0, at)
-        if self.classes is not None:
-            # The kept probabilities, and what is missing to 1 spread evenly over the other classes.
-            total = rearrange(probs.sum(-1), "n -> n 1")
-            others = self.num_classes - probs.shape[-1]
-            kept = probs / total.clamp_min(1.0 if others else torch.finfo(torch.float32).tiny)
-            rest = (1.0 - total).clamp_min(0.0) / max(others, 1) * rearrange(known, "n -> n 1")
-            probs = rest.expand(-1, self.num_classes).scatter(-1, self.classes.index_select(0, at).long(), kept)
+        if self.classes is not None:  # what is missing to 1 is spread evenly over the other classes
+            total = probs.sum(-1, keepdim=True)
+            rest = (1 - total).clamp_min(0) / max(self.num_classes - probs.shape[-1], 1) * rearrange(known, "n -> n 1")
+            kept, classes = probs / total.clamp_min(1), self.classes.index_select(0, at).long()
+            probs = rest.expand(-1, self.num_classes).scatter(-1, classes, kept)
         return probs.to(index.device), known.to(index.device)
 
     @torch.no_grad()
@@ -125,18 +118,16 @@ class Table(Carrier):
         winner = self._last_write.index_select(0, at) - self._num_written
         self._num_written += len(at)
         written = winner >= 0
-        row = self._encode(probs.index_select(0, winner.clamp_min(0)), at)
-        values = [row, written] if self.top_k is None else [*row.topk(self.top_k, dim=-1), written]
-        for column, value in zip(self._columns(), values, strict=True):
+        new = {"known": written, "rows": self._encode(probs.index_select(0, winner.clamp_min(0)), at)}
+        if self.top_k is not None:
+            new["rows"], new["classes"] = new["rows"].topk(self.top_k, dim=-1)
+        for name, column in self._saved_tensors().items():
             wins = written if column.ndim == 1 else rearrange(written, "n -> n 1")
-            column.index_copy_(0, at, torch.where(wins, value.to(column.dtype), column.index_select(0, at)))
+            column.index_copy_(0, at, torch.where(wins, new[name].to(column.dtype), column.index_select(0, at)))
 
     def _encode(self, new: Tensor, at: Tensor) -> Tensor:
         """What is stored for the probabilities `new` of the ids `at`."""
         return new
-
-    def _columns(self) -> list[Tensor]:
-        return [self.rows, self.known] if self.classes is None else [self.rows, self.classes, self.known]
 
     def advance_epoch(self) -> None:
         """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
@@ -150,13 +141,13 @@ class Table(Carrier):
     def _exchange(self) -> None:
         """Of ranks that map one file the first one writes it, and no rank goes on before that is done: a row that came
         late would overwrite one of the next epoch."""
-        own = 0 if self._file is None else self._file.identity
+        own, columns = 0 if self._file is None else self._file.identity, list(self._saved_tensors().values())
         files = self._ranks.gather_number(own, self.known.device)
         writes = self._file is None or files.index(own) == self._ranks.own()
         if self._file is None or len(set(files)) > 1:
             fresh = (self._last_write >= 0).nonzero().squeeze(-1)
-            for index, *values in self._ranks.gather_rows(fresh, self._columns()):
-                for column, value in zip(self._columns(), values, strict=True):
+            for index, *values in self._ranks.gather_rows(fresh, columns):
+                for column, value in zip(columns, values, strict=True):
                     if writes:
                         column.index_copy_(0, index, value)
         if self._file is not None and writes:
@@ -169,19 +160,18 @@ class Table(Carrier):
         self._num_written = 0
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        classes = saved.get("classes")
-        if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
+        if self.classes is not None and not int(saved["classes"].max()) < self.num_classes:
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
         parts = saved["rows"].split(1024)  # a sum in float32 makes a copy
         sums = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
-        least = 0.5 * self.rows.shape[1] / self.num_classes * saved["known"]  # averages in float16 may be that far off
-        sound = (sums <= 1.5) & (sums >= least)
-        if not (sound.all() and saved["rows"].min() >= 0):
-            raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1, nothing NaN).")
+        # Averages in float16 may be far from 1, and of many classes the `top_k` have little.
+        if not (saved["rows"].min() >= 0 and (sums <= 1.5).all() and torch.equal(sums > 0, saved["known"])):
+            raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1) where `known`.")
 
-    def _before_load(self) -> None:
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
         if self._file is not None:
             self._file.begin()
+        super()._fill(saved)
 
     def _after_load(self) -> None:
         if self._file is not None:
@@ -196,20 +186,9 @@ class Table(Carrier):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = () if self.path is None else ("rows", "classes", "known", "_file")
-        return {key: value for key, value in self.__dict__.items() if key not in mapped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.path is not None:  # pickled by reference to the file
-            self._allocate(torch.device("cpu"), create=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of its own, in memory: two objects that write one file would not be copies."""
+        """A copy or a pickle is a store in memory: two objects that write one file would not be copies."""
         self.check_whole()
-        clone = memo[id(self)] = self.__class__.__new__(self.__class__)
-        clone.__dict__.update(copy.deepcopy({**self.__dict__, "path": None, "_file": None}, memo))
-        return clone
+        return {**self.__dict__, "path": None, "_file": None}
 
     def extra_repr(self) -> str:
         size = f"num_samples={self.num_samples}, num_classes={self.num_classes}, dtype={self.dtype}"

@@ -52,8 +52,8 @@ class CachedTargets(Table):
 
     State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
     written by `write`, exchanged between ranks by `advance_epoch`. A file whose process ended (killed or not) between the
-    first `write` and `advance_epoch` is noticed when it is opened: all but loading a checkpoint is then a `RuntimeError`. A
-    deep copy of a store in a file is a store in memory; a pickle refers to the file, which must be there.
+    first `write` and `advance_epoch` is noticed when it is opened: all but loading a checkpoint is then a `RuntimeError`.
+    A deep copy or a pickle of a store in a file is a store in memory.
 
     Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
     nothing is changed then. `OSError` for a file that the system refuses, or that the disk has no room for.
@@ -110,10 +110,9 @@ class EMATargets(Table):
         self.decay = decay
 
     def _encode(self, new: Tensor, at: Tensor) -> Tensor:
-        precision = torch.promote_types(self.dtype, torch.float32)
-        new, rows = new.to(precision), self.rows.index_select(0, at).to(precision)
+        row = self.rows.index_select(0, at).to(torch.promote_types(self.dtype, torch.float32))
         known = rearrange(self.known.index_select(0, at), "n -> n 1")
-        return torch.where(known, self.decay * rows + (1 - self.decay) * new, new)
+        return torch.where(known, self.decay * row + (1 - self.decay) * new, new)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}"
