@@ -1,6 +1,8 @@
 # `make test` and `make example` need Python 3.10+ and make; they set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, a file of tests in one of them, so that what its tests share is made once. PYTEST_ARGS="-n 0 FILE" for one file.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants check lint types dist
 .PHONY: setup clean
@@ -15,7 +17,7 @@ BIN := .venv/bin
 setup: .venv/ready           ## everything that is needed to work on it
 
 test: .venv/ready            ## everything that is tested: mathematics, modules, docs, examples
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 docs: .venv/ready            ## the documentation site, readable offline, into build/site; fails on a broken link
 	$(BIN)/python tools/site.py
@@ -40,7 +42,7 @@ study: .venv/ready           ## the study of accuracy, two small tasks on MNIST-
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study/accuracy.py $(ARGS)
 
 coverage: .venv/ready        ## every line and branch of src/ is run by a test, or says why not
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=100 $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=100 $(PYTEST_ARGS)
 
 soak: .venv/ready            ## long runs, kills, a store for ImageNet at full size; writes benchmarks/results/
 	$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -16,15 +17,13 @@ from aikd_losses import (
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
-    EMATargets,
     FrozenTeacher,
-    LinearRamp,
     LossStack,
     MLPDiscriminator,
     ProgressiveKD,
-    _setup_state,
     check_setup,
 )
+from aikd_losses.setup_report import RULES
 
 N, C = 16, 4
 
@@ -32,30 +31,66 @@ N, C = 16, 4
 class World:
     """A training run in its second epoch, with nothing wrong."""
 
-    def __init__(self, epochs=1, **settings):
+    def __init__(self, epochs=1):
         self.x, self.y, self.index = torch.randn(N, 8), torch.randint(C, (N,)), torch.arange(N)
         self.model, self.pretrained = nn.Linear(8, C), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, C))
         self.teacher = FrozenTeacher(self.pretrained)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.criterion = AIKDLoss(N, C, 4, **settings)
+        self.criterion = AIKDLoss(N, C, 4)
         for _ in range(epochs):
             self.criterion.update(**self.tensors())
             self.criterion.advance_epoch()
 
-    def tensors(self, **changed):
-        tensors = dict(student_logits=self.model(self.x), teacher_logits=self.teacher(self.x), target=self.y,
-                       index=self.index)  # fmt: skip
-        return {**tensors, **changed}
+    @property
+    def s(self):
+        return self.model(self.x)
 
-    def report(self, criterion=None, without=(), model=None, teacher=None, optimizer=None, **changed):
-        tensors = self.tensors(**changed)
+    @property
+    def t(self):
+        return self.teacher(self.x)
+
+    def tensors(self, **changed):
+        return dict(student_logits=self.s, teacher_logits=self.t, target=self.y, index=self.index) | changed
+
+    def report(self, criterion=None, model=None, teacher=None, optimizer=None, without=(), **changed):
         return check_setup(
             self.criterion if criterion is None else criterion,
             model=model or self.model,
             teacher=teacher or self.teacher,
             optimizer=optimizer or self.optimizer,
-            **{name: tensor for name, tensor in tensors.items() if name not in without},
+            **{name: x for name, x in self.tensors(**changed).items() if name not in without},
         )
+
+    def stack(self, term, weight=1.0):
+        """Of cross-entropy and a term, without anything else."""
+        return LossStack({"ce": nn.CrossEntropyLoss(), "term": term}, weights={"term": weight})
+
+    def of_term(self, term, weight=1.0):
+        return check_setup(self.stack(term, weight), student_logits=self.s, teacher_logits=self.t, target=self.y)
+
+
+class Own(nn.Module):
+    """A term from a function of the logits, which calls other things `class_dim` and `reduction`."""
+
+    class_dim, reduction = (2, 3), ["mean"]
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, student_logits):
+        return self.function(student_logits)
+
+
+class Hidden(nn.Module):
+    """A term that looks at something else than the logits, with parameters and running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, hidden):
+        return self.norm(hidden).square().mean()
 
 
 @pytest.fixture
@@ -63,137 +98,290 @@ def world():
     return World()
 
 
-def found(report, severity, where, *texts):
-    """Whether there is a finding of this kind, here, that says all of this."""
-    return any(
-        finding.severity == severity and finding.where == where and all(text in finding.message for text in texts)
-        for finding in report.findings
-    )
-
-
 def norm(x):
     return float(torch.linalg.vector_norm(x))
 
 
-# --------------------------------------------------------------------------------------------------- what it says of health
+def changed_row(x, row, value):
+    x = x.detach().clone()
+    x[row] = value
+    return x.requires_grad_()
 
 
-def test_where_nothing_is_wrong_it_finds_nothing(world):
-    report = world.report()
+def trained_by(world, bias):
+    """Criterion whose discriminator, once it has made a step, scores teachers above students by about `bias` each."""
+    discriminator = nn.Linear(C, 1)
+    nn.init.zeros_(discriminator.weight).data[0, 0] = bias
+    loss = AdversarialDistributionLoss(
+        discriminator, inputs="logits", optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.0)
+    )
+    tensors = dict(student_logits=world.s, teacher_logits=world.t + torch.tensor([99.0, 0.0, 0.0, 0.0]))
+    loss.update(**tensors)
+    return check_setup(loss, **tensors)
+
+
+def half_precision(world, eps=1e-8, fused=False):
+    discriminator = MLPDiscriminator(C, hidden=()).half()
+    adam = torch.optim.Adam(discriminator.parameters(), eps=eps, fused=fused)
+    loss = AdversarialDistributionLoss(discriminator, optimizer=adam)
+    return check_setup(loss, student_logits=world.s, teacher_logits=world.t)
+
+
+def exploded(world):
+    world.criterion.terms["adversarial"].discriminator.layers[0].weight.data.fill_(math.nan)
+    world.criterion.update(**world.tensors())
+    return world.report()
+
+
+def after(epochs=0, updates=1, advanced=False, **changed):
+    """The report on a run that did not go as it should."""
+    world = World(epochs)
+    for _ in range(updates):
+        world.criterion.update(**world.tensors(**changed))
+    if advanced:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing was written
+            world.criterion.advance_epoch()
+    return world.report()
+
+
+def holding(world, *modules):
+    return world.report(optimizer=torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1))
+
+
+def over(steepness):
+    """Logits of a teacher that is sure of the labels, the more so the steeper."""
+    return lambda w: w.report(teacher_logits=steepness * one_hot(w.y, C).float())
+
+
+def in_eval_mode(world, *modules):
+    for module in modules:
+        module.eval()
+    return world.report()
+
+
+PADDED = torch.arange(N) < 4
+# How to come by a finding, and what is printed of it; dots stand for what changes.
+FINDINGS = [
+    (lambda w: w.report(without=["teacher_logits"]),
+     """ERROR deterministic: its call fails: Term 'deterministic' needs `teacher_logits`; got student_logits, target..."""),
+    (lambda w: w.report(label=w.y),
+     """ERROR criterion: its call fails: No term uses `label`; the terms progressive, deterministic, adversarial use .*"""),
+    (lambda w: w.of_term(DeterministicKD(reduction="none")),
+     """ERROR criterion: its call fails: Term 'term' must give a scalar tensor..."""),
+    (lambda w: w.of_term(Own(lambda s: {}["key"])), "ERROR term: its call fails: 'key'"),
+    (lambda w: w.of_term(Own(lambda s: next(iter(())))), "ERROR term: its call fails: StopIteration"),
+    (lambda w: in_eval_mode(w, w.criterion),
+     """WARNING progressive: its `update` would fail: `update` must not be called in eval mode..."""),
+    (lambda w: w.report(AdversarialDistributionLoss(MLPDiscriminator(C)), without=["target", "index"]),
+     """WARNING AdversarialDistributionLoss: its `update` would fail: `update` needs an `optimizer`..."""),
+    (lambda w: w.report(teacher_logits=w.t, student_logits=changed_row(w.s, (slice(None), 1), -math.inf)),
+     """ERROR deterministic: its value or its gradient is not finite. Look for NaN and inf in the logits, and for a class at
+     -inf on one side only."""),
+    (lambda w: w.of_term(Own(lambda s: s.detach().mean())),
+     """WARNING term: no gradient reaches `student_logits`. Look for a `detach()` in the term."""),
+    (lambda w: w.of_term(Own(lambda s: torch.zeros(3, requires_grad=True).sum())),
+     """WARNING term: no gradient reaches `student_logits`. ..."""),
+    (lambda w: w.of_term(Own(lambda s: 1e3 * s.logsumexp(-1).sum())),
+     """WARNING term: its gradient is ... times cross-entropy's: it drowns the labels, unless they are fitted already. Lower
+     its weight, or look for reduction='sum'."""),
+    (lambda w: w.of_term(DeterministicKD(), weight=1e-6),
+     """WARNING term: its gradient is ... times cross-entropy's: it does next to nothing. Look again an epoch later (a
+     discriminator has to learn), then raise its weight."""),
+    (lambda w: after(updates=0),
+     """WARNING progressive: nothing is remembered: `update` was not called. Call `update(...)` in every training step.
+     (Before the first step that is so.)"""),
+    (lambda w: after(updates=0, advanced=True),
+     """WARNING progressive: nothing is remembered: `update` was not called. Call `update(...)` in every training step.
+     (Before the first step that is so.)"""),
+    (lambda w: after(index=torch.arange(N) % 8, advanced=True),
+     """WARNING progressive: 8 of 16 rows are known in epoch 1. Is `num_samples` the size of the training set, and `index` a
+     sample's id, not its place in the batch?..."""),
+    (lambda w: after(updates=2),
+     """WARNING progressive: `update` has seen 32 rows of a store of 16 since the last `advance_epoch`, for which alpha
+     waits. Call `advance_epoch()` after each epoch."""),
+    (lambda w: after(updates=0),
+     """WARNING adversarial: its discriminator was never trained: `update` was not called. Call `update(...)` in every
+     training step. (Before the first step that is so.)"""),
+    (lambda w: trained_by(w, 50.0),
+     """WARNING AdversarialDistributionLoss: its discriminator is right in 100.0% of the rows: little is left to learn.
+     Lower its learning rate, or give it a penalty. (In the first steps it can be chance.)"""),
+    (lambda w: trained_by(w, -50.0),
+     """WARNING AdversarialDistributionLoss: its discriminator is right in 0.0% of the rows. A higher score must mean the
+     teacher. (In the first steps it can be chance.)"""),
+    (exploded,
+     """ERROR adversarial: its discriminator's gradient is not finite. Start again with a lower learning rate."""),
+    (half_precision,
+     """ERROR AdversarialDistributionLoss: its optimizer's `eps` is 0 in the type of 2 parameters, so that a step divides by
+     0. Keep the discriminator in float32: it may be shown logits of any type."""),
+    (lambda w: w.report(student_logits=changed_row(changed_row(w.s, (3, 1), math.nan), (5, 0), math.inf)),
+     """ERROR student_logits: NaN or +inf in 2 of 16 rows: the loss is NaN, and `update` leaves those rows out. Look for a
+     model that has diverged or overflowed."""),
+    (lambda w: w.report(teacher_logits=w.t.softmax(-1)),
+     """ERROR teacher_logits: its rows look like probabilities (not negative, sum 1), and the terms take raw scores: a
+     softmax of probabilities is nearly uniform. Pass what comes before it, or `probs.log()`."""),
+    (lambda w: w.report(student_logits=w.s.softmax(-1)), "ERROR student_logits: its rows look like probabilities..."),
+    (lambda w: w.report(student_logits=w.s.detach()),
+     """ERROR student_logits: it has no graph, so that `backward()` reaches no model. Compute it outside `no_grad()`,
+     without `detach()`."""),
+    (lambda w: w.report(teacher_logits=w.s.detach()),
+     """WARNING teacher_logits: it equals `student_logits`: there is nothing to match. Pass the pre-trained model's. (A
+     student that starts as a copy moves away with the first steps.)"""),
+    (lambda w: w.report(teacher_logits=w.pretrained(w.x)),
+     """NOTE teacher_logits: it carries a graph, which no term uses and which costs memory. Use `FrozenTeacher` or
+     `no_grad()`."""),
+    (over(8.0),
+     """NOTE teacher_logits: it gives the labels of this batch a probability of 99.9% on average: it repeats them, and has
+     little to add. After fewer epochs or with more weight decay it has more."""),
+    (lambda w: w.report(target=torch.randn(N, C)),
+     """ERROR target: it is floating and so must hold class probabilities, but its rows do not sum to 1. Pass a softmax, or
+     class indices (int64)."""),
+    (lambda w: w.report(mask=torch.zeros(N, dtype=torch.bool)),
+     """WARNING mask: it leaves out every position. True = counts."""),
+    (lambda w: w.report(mask=PADDED, target=w.y.masked_fill(PADDED, -100)),
+     """WARNING mask: 4 of the 4 positions that count have target -100, which is no class. Is it inverted, or missing? Pass
+     `mask=target != -100`. (Without labels a teacher can still be matched.)"""),
+    (lambda w: w.of_term(DeterministicKD()) and w.report(w.stack(DeterministicKD()), target=w.y.masked_fill(PADDED, -100)),
+     """WARNING mask: 4 of the 16 positions that count have target -100..."""),
+    (lambda w: w.report(index=w.index // 2),
+     """WARNING index: 8 of 16 ids repeat others, and of equal ids the last is remembered. Each sample (or position) needs
+     its own, as `IndexedDataset` gives it. (Sampling with replacement does this too.)"""),
+    (lambda w: w.report(teacher=w.pretrained),
+     """ERROR teacher: it is in train mode (3 of its modules), with dropout on and batch norm drifting, where it has them.
+     Use `FrozenTeacher(model)`, or call `teacher.eval()` after every `train()`."""),
+    (lambda w: w.teacher.model[0].train() and w.report(), "ERROR teacher: it is in train mode (1 of its modules)..."),
+    (lambda w: w.report(teacher=FrozenTeacher(w.model, copy=False)),
+     """ERROR teacher: it shares 2 parameters with `model` or its optimizer, and so moves with the student. Use
+     `FrozenTeacher(model)`, which keeps a copy."""),
+    (lambda w: holding(w, w.model, w.teacher.model),
+     """ERROR teacher: it shares 2 parameters with `model` or its optimizer..."""),
+    (lambda w: in_eval_mode(w, w.model),
+     """WARNING model: it is in eval mode, the criterion in train mode. Call `model.train()`."""),
+    (lambda w: holding(w, w.model, w.criterion.terms["adversarial"].discriminator),
+     """ERROR optimizer: it holds 6 parameters of a discriminator, which the student's loss must not train. Build it from
+     `model.parameters()`."""),
+    (lambda w: w.report(optimizer=torch.optim.SGD([w.model.weight], lr=0.1)),
+     """WARNING optimizer: it lacks 1 of the 2 trainable parameters of the model and the criterion's terms, which stay as
+     they are."""),
+    (lambda w: w.report(LossStack({"own": Hidden()}), hidden=torch.randn(5, 3), without=w.tensors()),
+     """WARNING optimizer: it lacks 2 of the 4 trainable parameters..."""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cause", "text"), FINDINGS)
+def test_a_mistake_is_found(world, cause, text):
+    wanted = re.escape(" ".join(text.split())).replace(r"\.\.\.", ".*")
+    found = [f"{severity.upper()} {where}: {message}" for severity, where, message in cause(world).findings]
+    assert any(re.fullmatch(wanted, sentence) for sentence in found), found
+
+
+def test_every_rule_is_among_them():
+    printed = " ".join(" ".join(text.split()) for _, text in FINDINGS)
+    for (_, severity, _), sentence in RULES.items():
+        parts = [part for part in re.split(r"{.*?}", " ".join(sentence.split())) if part]
+        assert severity.upper() in printed
+        assert all(part in printed for part in parts), sentence
+
+
+# What is no mistake -> a report without any finding.
+GOOD = {
+    "all": lambda w: w.report(),
+    "validation": lambda w: w.report(index=None),
+    "soft targets": lambda w: w.report(target=torch.randn(N, C).softmax(-1)),
+    "labels that a torch loss ignores": lambda w: w.report(
+        nn.CrossEntropyLoss(), target=w.y.masked_fill(PADDED, -100), without=["teacher_logits", "index"]
+    ),
+    "several labels": lambda w: w.report(nn.BCEWithLogitsLoss(), target=torch.ones(N, C), without=["teacher_logits", "index"]),
+    "a mask the right way round": lambda w: w.report(
+        mask=~PADDED, target=w.y.masked_fill(PADDED, -100), index=w.index.masked_fill(PADDED, 5)
+    ),
+    "NaN where nothing counts": lambda w: w.report(mask=~PADDED, student_logits=changed_row(w.s, 0, math.nan)),
+    "log-probabilities": lambda w: w.report(teacher_logits=w.t.log_softmax(-1)),
+    "rows that do not sum to 1": lambda w: w.report(teacher_logits=2 * w.t.softmax(-1)),
+    "rows with negative scores": lambda w: w.report(teacher_logits=w.t - w.t.mean(-1, keepdim=True) + 1 / C),
+    "one row of probabilities": lambda w: w.report(teacher_logits=changed_row(w.t, 0, 1 / C).detach()),
+    "a teacher that is nearly sure": over(5.0),  # a probability of 1 / (1 + 3 exp(-5)), which is 0.98
+    "a weight of 0": lambda w: w.of_term(DeterministicKD(), weight=0.0),
+    "a discriminator that is trained elsewhere": lambda w: check_setup(
+        LossStack({"kd": DeterministicKD(), "adversarial": w.criterion.terms["adversarial"]}),
+        student_logits=w.s, teacher_logits=w.t,
+    ),
+    "a frozen part": lambda w: w.model.bias.requires_grad_(False) is not None
+    and w.report(optimizer=torch.optim.SGD([w.model.weight], lr=0.1)),
+    "a teacher that is asleep": lambda w: w.report(teacher=w.pretrained.eval()),
+    "a teacher that cannot be woken": lambda w: w.teacher.train() and w.report(),
+    "a term of one's own": lambda w: w.of_term(Own(lambda s: s.square().mean())),
+    "evaluation": lambda w: w.model.eval() and w.report(LossStack({"kd": DeterministicKD()}).eval()),
+    "other tensors": lambda w: check_setup(LossStack({"hidden": Hidden()}), hidden=torch.randn(5, 3)),
+    "classes at -100": lambda w: w.report(student_logits=changed_row(w.s, 0, torch.tensor([-100.0, 0.0, 1.0, 2.0]))),
+    "scores for a target": lambda w: w.report(nn.MSELoss(), target=-1e3 + 0 * w.t, without=["teacher_logits", "index"]),
+    "no batch": lambda w: check_setup(DeterministicKD(), student_logits=w.s[:0], teacher_logits=w.t[:0], target=w.y[:0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_where_nothing_is_wrong_nothing_is_found(world, name):
+    report = GOOD[name](world)
     assert report.findings == ()
     assert report.ok
     assert str(report).endswith("\nNothing wrong was found.")
 
 
-def test_values_and_gradients_are_those_of_the_closed_forms(world):
-    s, t = world.model(world.x).detach().double(), world.teacher(world.x).double()
-    q, p = s.softmax(-1), t.softmax(-1)
-    first_p = q  # what was remembered, as the model has not moved since; in float16
-    alpha = 0.8 * 2 / 4
-    kd, progressive = DeterministicKD(temperature=2.0), world.criterion.terms["progressive"]
-    stack = LossStack({"kd": kd, "progressive": progressive}, weights={"kd": 0.3})
-    stack.epoch.fill_(1)
-    report = world.report(stack)
-    rows = {row.name: row for row in report.terms}
-    truth = one_hot(world.y, C).double()
-    plain = norm((q - truth) / N)
-    assert rows["cross-entropy alone"].gradient == pytest.approx(plain, rel=1e-5)
-    assert rows["cross-entropy alone"].value == pytest.approx(float(-(truth * q.log()).sum(-1).mean()), rel=1e-5)
-    p2, q2 = (t / 2).softmax(-1), (s / 2).softmax(-1)
-    assert rows["kd"].weight == 0.3
-    assert rows["kd"].gradient == pytest.approx(0.3 * norm(2 * (q2 - p2) / N), rel=1e-4)
-    assert rows["kd"].ratio == pytest.approx(0.3 * norm(2 * (q2 - p2) / N) / plain, rel=1e-4)
-    assert rows["kd"].value == pytest.approx(float(4 * (p2 * (p2 / q2).log()).sum(-1).mean()), rel=1e-4)
-    assert rows["progressive"].gradient == pytest.approx(
-        norm((q - (1 - alpha) * truth - alpha * first_p) / N), rel=1e-3
-    )
-    assert p.shape == q.shape
-
-
-def test_cross_entropy_is_that_of_the_positions_that_count():
-    logits = torch.randn(2, 3, C, requires_grad=True)
-    target = torch.randint(C, (2, 3))
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    kept = logits.detach().double()[mask]
-    for labels, reduction, share in (
-        (target.masked_fill(~mask, -100), "mean", 3),
-        (target, "mean", 3),
-        (target, "sum", 1),
-        (one_hot(target, C).float(), "mean", 3),
-    ):
-        kd = DeterministicKD(class_dim=-1, reduction=reduction)
-        tensors = dict(student_logits=logits, teacher_logits=torch.randn(2, 3, C), mask=mask)
-        row = check_setup(LossStack({"kd": kd, "own": Own(lambda s, target: s.sum())}), **tensors, target=labels).terms[
-            -1
+def test_an_eps_that_half_precision_holds_or_does_not_need(world):
+    for settings in (dict(eps=1e-4), dict(fused=True)):
+        assert [f.message[:34] for f in half_precision(world, **settings).findings] == [
+            "its discriminator was never traine"
         ]
-        expected = (kept.softmax(-1) - one_hot(target[mask], C)) / share
-        assert row.gradient == pytest.approx(norm(expected), rel=1e-5)
-        assert row.value == pytest.approx(
-            float(-kept.log_softmax(-1).gather(-1, target[mask][:, None]).sum() / share), rel=1e-5
-        )
 
 
-def test_the_state_of_each_term_is_told(world):
-    report = world.report()
-    assert report.state["progressive"] == "epoch 1, alpha 0.4, 0 rows written in it, 16 of 16 known"
-    assert report.state["adversarial"].startswith("last update: discriminator_loss ")
-    assert set(report.state) == {"progressive", "adversarial"}
+def test_a_resumed_discriminator_was_trained(world):
+    resumed = AIKDLoss(N, C, 4)
+    resumed.load_state_dict(world.criterion.state_dict())
+    assert world.report(resumed).ok
+    assert world.report(resumed).state["adversarial"] == "no update yet"
 
 
-def test_a_report_is_printed_as_a_table_and_sentences():
-    s = torch.tensor([[0.5, 0.0]], requires_grad=True)
-    t = torch.tensor([[2.0, 0.0]], requires_grad=True)
-    q, p = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-2.0))
-    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    report = check_setup(DeterministicKD(temperature=1.0), student_logits=s, teacher_logits=t, target=torch.tensor([0]))
-    rows = [
-        ("term", "weight", "value", "gradient", "ratio"),
-        ("DeterministicKD", "1", f"{kl:.3g}", f"{math.sqrt(2) * (p - q):.3g}", f"{(p - q) / (1 - q):.3g}"),
-        ("cross-entropy alone", "1", f"{-math.log(q):.3g}", f"{math.sqrt(2) * (1 - q):.3g}", "1"),
-    ]
-    table, text = str(report).split("\n\n")
-    assert [
-        tuple(line.replace("cross-entropy alone", "cross-entropy_alone").split()) for line in table.splitlines()
-    ] == [tuple(cell.replace(" ", "_") for cell in row) for row in rows]
-    assert len({len(line) for line in table.splitlines()}) == 1  # columns
-    assert text == (
-        "NOTE teacher_logits: it carries a graph, which no term uses and which costs memory. Use\n"
-        "  `FrozenTeacher` or `no_grad()`."
-    )
-    assert report.ok  # a note is no fault
-    assert repr(report) == str(report)  # for notebooks
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        (dict(index=torch.arange(N) + 1), "`index` must be in 0..15"),
+        (dict(partner_index=torch.arange(N) - 1), "`partner_index` must be in 0..15"),
+        (dict(target=torch.full((N,), C)), "`target` must be in 0..3"),
+        (dict(target=torch.full((N,), -100)), "`target` must be in 0..3"),
+        (dict(target=torch.zeros(N, C, dtype=torch.int64)), "without its class axis"),
+        (dict(mask=torch.ones(N)), "must be of type bool"),
+        (dict(student_logits=torch.randn(N, C, 2)), "`class_dim` is required"),
+        (dict(index=[1, 2]), "must be a torch.Tensor; got list"),
+        (dict(target=torch.zeros(N, C).to_sparse()), "must be a dense tensor"),
+    ],
+)
+def test_what_a_term_refuses_is_a_finding(world, changed, text):
+    report = world.report(**changed)
+    refusals = [f.message for f in report.findings if (f.severity, f.where) == ("error", "progressive")]
+    assert len(refusals) == 1
+    assert refusals[0].startswith("its call fails: ")
+    assert text in refusals[0]
+    assert report.terms[0] == ("progressive", 0.5, None, None, None)
 
 
-def test_the_worst_comes_first(world):
-    severities = [
-        f.severity for f in world.report(index=world.index // 2, teacher_logits=torch.full((N, C), 0.25)).findings
-    ]
-    assert severities == sorted(severities, key=["error", "warning", "note"].index)
-    assert {"error", "warning"} <= set(severities)
+def looked_up(*args, **kwargs):
+    raise AssertionError("a GPU would die of this")
 
 
-# ------------------------------------------------------------------------------------------------------------- the mistakes
+@pytest.mark.parametrize("name", ["index", "partner_index", "target"])
+def test_ids_and_labels_out_of_range_are_found_before_they_are_looked_up(world, name):
+    world.criterion.terms["progressive"].forward = looked_up
+    finding = world.report(**{name: torch.full((N,), N)}).findings[0]
+    assert finding[1:] == ("progressive", finding.message)
+    assert finding.message.startswith(f"its call fails: `{name}` must be in 0..")
 
 
-def test_probabilities_for_logits(world):
-    probs = world.teacher(world.x).softmax(-1)
-    report = world.report(teacher_logits=probs)
-    assert found(report, "error", "teacher_logits", "look like probabilities")
-    assert not report.ok
-    assert found(
-        world.report(student_logits=world.model(world.x).softmax(-1)), "error", "student_logits", "probabilities"
-    )
-    assert not found(world.report(teacher_logits=probs * 2), "error", "teacher_logits")
-    below_zero = probs + torch.tensor([2.0, -2.0, 0.0, 0.0])  # each row sums to 1
-    assert not found(world.report(teacher_logits=below_zero), "error", "teacher_logits")
-    one_row = torch.cat([probs[:1], probs[1:] * 2])
-    assert not found(world.report(teacher_logits=one_row), "error", "teacher_logits")
-
-
-def test_log_probabilities_are_logits_and_only_noted(world):
-    report = world.report(teacher_logits=world.teacher(world.x).log_softmax(-1))
-    assert [(f.severity, f.where) for f in report.findings] == [("note", "teacher_logits")]
-    assert report.ok
+def test_labels_out_of_range_are_found_before_a_torch_loss_looks_them_up(world, monkeypatch):
+    loss = nn.CrossEntropyLoss(ignore_index=-1)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", looked_up)
+    for label, text in ((C, "its call fails: `target` must be in 0..3"), (-1, "its call fails: a GPU would die")):
+        report = check_setup(loss, student_logits=world.s, target=torch.full((N,), label))
+        assert report.findings[0].message.startswith(text)
 
 
 def test_probabilities_are_looked_for_along_the_class_axis_and_under_every_name():
@@ -207,397 +395,122 @@ def test_probabilities_are_looked_for_along_the_class_axis_and_under_every_name(
     assert check_setup(stack, **tensors, other_logits=torch.randn(2, C, 3).softmax(2)).findings == ()
 
 
-def test_logits_that_are_not_finite(world):
-    logits = world.model(world.x).detach()
-    logits[3, 1], logits[5, 0] = math.nan, math.inf
-    report = world.report(student_logits=logits.requires_grad_())
-    assert found(report, "error", "student_logits", "NaN or +inf in 2 of 16 rows")
-    assert found(report, "error", "deterministic", "not finite")
-    one_sided = world.teacher(world.x).masked_fill(torch.eye(C)[0].bool(), -math.inf)
-    excluded = world.model(world.x).detach().masked_fill(torch.eye(C)[1].bool(), -math.inf).requires_grad_()
-    assert found(
-        world.report(student_logits=excluded, teacher_logits=one_sided), "error", "deterministic", "one side only"
-    )
+def test_a_store_of_ones_own_is_left_alone(world):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Parameter(torch.full((N, C), 1 / C))  # which `update` writes and no optimizer
 
-
-def test_masked_rows_are_not_looked_at():
-    logits = torch.randn(N, C)
-    logits[0] = math.nan
-    mask = torch.arange(N) > 0
-    report = check_setup(
-        DeterministicKD(), student_logits=logits.requires_grad_(), teacher_logits=torch.randn(N, C), mask=mask
-    )
-    assert report.findings == ()
-
-
-def test_a_mask_that_leaves_nothing(world):
-    assert found(world.report(mask=torch.zeros(N, dtype=torch.bool)), "warning", "mask", "every position")
-
-
-def test_a_teacher_that_says_what_the_student_says(world):
-    report = world.report(teacher_logits=world.model(world.x).detach())
-    assert found(report, "warning", "teacher_logits", "equals `student_logits`")
-    assert not found(report, "warning", "deterministic")  # said once
-
-
-def test_a_student_without_a_graph(world):
-    assert found(world.report(student_logits=world.model(world.x).detach()), "error", "student_logits", "no graph")
-
-
-def test_a_soft_target_that_is_no_distribution(world):
-    report = world.report(target=torch.randn(N, C))
-    assert found(report, "error", "target", "do not sum to 1")
-    assert world.report(target=torch.randn(N, C).softmax(-1)).ok
-
-
-def test_a_target_of_several_labels_is_none_of_classes():
-    tensors = dict(student_logits=torch.randn(N, C, requires_grad=True), target=torch.ones(N, C))
-    report = check_setup(nn.BCEWithLogitsLoss(), **tensors)
-    assert report.findings == ()
-    assert len(report.terms) == 1  # there is no cross-entropy to compare with
-
-
-def test_ids_that_repeat(world):
-    assert found(world.report(index=world.index // 2), "warning", "index", "8 of 16 ids")
-    masked = world.report(index=world.index // 2, mask=world.index % 2 == 0)
-    assert not found(masked, "warning", "index")
-
-
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
-        (dict(index=torch.arange(N) + 1), "`index` must be in 0..15"),
-        (dict(partner_index=torch.arange(N) - 1), "`partner_index` must be in 0..15"),
-        (dict(target=torch.full((N,), C)), "`target` must be in 0..3"),
-        (dict(target=torch.full((N,), -100)), "`target` must be in 0..3"),
-        (dict(target=torch.zeros(N, C, dtype=torch.int64)), "without its class axis"),
-        (dict(target=torch.zeros(N, dtype=torch.int32)), "must be of type int64"),
-        (dict(target=None), "needs `target`"),
-        (dict(mask=torch.ones(N, C, dtype=torch.bool)), "without its class axis"),
-        (dict(mask=torch.ones(N)), "must be of type bool"),
-        (dict(student_logits=torch.randn(C, N)), "must have the 4 classes of the target store"),
-        (dict(student_logits=torch.randn(N, C, 2)), "`class_dim` is required"),
-        (dict(student_logits=torch.zeros(N, C, dtype=torch.int64)), "must be floating point"),
-        (dict(index=[1, 2]), "must be a torch.Tensor; got list"),
-    ],
-)
-def test_what_a_term_refuses_is_a_finding(world, changed, text):
-    report = world.report(**changed)
-    assert found(report, "error", "progressive", "its call fails: ", text)
-    assert report.terms[0].row() == ("progressive", "0.833", "-", "-", "-")
-
-
-def test_labels_that_a_torch_loss_ignores_are_in_range():
-    ce = nn.CrossEntropyLoss(ignore_index=-1)
-    logits = torch.randn(N, C, requires_grad=True)
-    assert check_setup(ce, student_logits=logits, target=torch.randint(-1, C, (N,))).findings == ()
-    assert found(
-        check_setup(ce, student_logits=logits, target=torch.full((N,), C)), "error", "CrossEntropyLoss", "in 0..3"
-    )
-    empty = check_setup(nn.CrossEntropyLoss(reduction="sum"), student_logits=logits[:0], target=torch.zeros(0).long())
-    assert empty.terms[0].value == 0
-    assert empty.terms[0].ratio is None
-
-
-def test_a_tensor_that_is_missing_is_told_once_a_term(world):
-    report = world.report(without=["teacher_logits"])
-    assert [(f.severity, f.where) for f in report.findings] == [("error", "deterministic"), ("error", "adversarial")]
-
-
-def test_a_tensor_that_nobody_uses(world):
-    assert found(world.report(label=world.y), "error", "label", "no term uses it; the terms use condition, index")
-
-
-def test_terms_that_disagree_about_the_class_axis():
-    kd = DeterministicKD(class_dim=-1)
-    tensors = dict(student_logits=torch.randn(2, C, C, requires_grad=True), teacher_logits=torch.randn(2, C, C))
-    report = check_setup(LossStack({"ce": nn.CrossEntropyLoss(), "kd": kd}), **tensors, target=torch.randint(C, (2, C)))
-    assert found(report, "error", "criterion", "(ce: 1, kd: 2)")
-    same = LossStack({"a": DeterministicKD(class_dim=2), "kd": kd, "own": Own(lambda s: s.sum())})
-    assert check_setup(same, **tensors).findings == ()
-
-
-@pytest.mark.parametrize(
-    "attributes", [{"class_dim": (2, 3)}, {"class_dim": "channels"}, {"reduction": ["mean"]}, {"reduction": None}]
-)
-def test_a_module_of_ones_own_may_call_anything_class_dim_or_reduction(attributes):
-    own = Own(lambda s: s.square().mean())
-    vars(own).update(attributes)
-    stack = LossStack({"kd": DeterministicKD(), "own": own})
-    s, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    assert check_setup(stack, student_logits=s, teacher_logits=t).ok
-
-
-def test_terms_that_reduce_differently():
-    stack = LossStack({"a": DeterministicKD(reduction="sum"), "b": DeterministicKD()})
-    report = check_setup(stack, student_logits=torch.randn(N, C, requires_grad=True), teacher_logits=torch.randn(N, C))
-    assert [(f.severity, f.where) for f in report.findings] == [("warning", "criterion")]
-    assert "(a: sum, b: mean)" in report.findings[0].message
-
-
-class Own(nn.Module):
-    """A term from a function of some tensors."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, student_logits, target=None):
-        return self.function(student_logits) if target is None else self.function(student_logits, target)
-
-
-class Hidden(nn.Module):
-    """A term that looks at something else than the logits, with a parameter and running statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, hidden):
-        return self.norm(hidden).square().mean()
-
-
-@pytest.mark.parametrize(
-    ("term", "weight", "severity", "text"),
-    [
-        (DeterministicKD(reduction="sum"), 10.0, "warning", "times cross-entropy's: it drowns the labels"),
-        (
-            DeterministicKD(),
-            1e-6,
-            "warning",
-            "times cross-entropy's: it does next to nothing. Look again an epoch later",
-        ),
-        (DeterministicKD(), 0.0, "note", "its weight is 0 in this epoch"),
-        (Own(lambda s: s.detach().mean()), 1.0, "warning", "no gradient reaches `student_logits`"),
-        (
-            Own(lambda s: torch.zeros(3, requires_grad=True).sum()),
-            1.0,
-            "warning",
-            "no gradient reaches `student_logits`",
-        ),
-        (Own(lambda s: 1.0), 1.0, "error", "its call fails: a term must give a tensor; got float"),
-        (Own(lambda s: s.sum(-1)), 1.0, "error", "its call fails: a term of a stack must give a scalar"),
-        (Own(lambda s: {}["key"]), 1.0, "error", "its call fails: 'key'"),
-    ],
-)
-def test_a_term_that_is_too_large_too_small_or_broken(world, term, weight, severity, text):
-    stack = LossStack({"ce": nn.CrossEntropyLoss(), "term": term}, weights={"term": weight})
-    given = ["index"] if isinstance(term, DeterministicKD) else ["index", "teacher_logits", "target"]
-    tensors = {name: x for name, x in world.tensors().items() if name not in given}
-    if isinstance(term, Own):
-        stack = LossStack({"term": term})
-    report = check_setup(stack, **tensors)
-    assert found(report, severity, "term", text)
-
-
-def test_an_adversarial_term_that_does_nothing_is_to_be_looked_at_once_it_has_learned(world):
-    world.criterion._weights[2] = 1e-6
-    assert found(world.report(), "warning", "adversarial", "Look again once the discriminator has learned")
-
-
-def test_a_term_on_other_tensors_has_a_value_and_no_gradient():
-    stack = LossStack({"hidden": Hidden()})
-    report = check_setup(stack, hidden=torch.randn(5, 3))
-    assert report.terms[0].row()[:2] == ("hidden", "1")
-    assert report.terms[0].value == pytest.approx(1, abs=1e-3)
-    assert report.terms[0].gradient is None
-    assert report.findings == ()
-
-
-# ---------------------------------------------------------------------------------------------------------------- the state
-
-
-def test_update_that_was_never_called_is_a_warning_at_first_and_an_error_later():
-    world = World(epochs=0)
-    report = world.report()
-    for name in ("progressive", "adversarial"):
-        assert found(report, "warning", name, "`update` was not called", "Before the first step that is so")
-    with pytest.warns(UserWarning, match="nothing was written"):
-        world.criterion.advance_epoch()
-    report = world.report()
-    for name in ("progressive", "adversarial"):
-        assert found(report, "error", name, "`update` was not called")
-        assert not found(report, "error", name, "Before the first step")
-
-
-def test_update_of_the_discriminator_alone_forgotten():
-    world = World(epochs=0)
-    world.criterion.terms["progressive"].update(world.model(world.x), index=world.index)
-    assert found(world.report(), "error", "adversarial", "never trained")
-
-
-def test_a_resumed_discriminator_was_trained(world):
-    resumed = AIKDLoss(N, C, 4)
-    resumed.load_state_dict(world.criterion.state_dict())
-    assert world.report(resumed).ok
-    assert world.report(resumed).state["adversarial"] == "no update yet"
-
-
-def test_advance_epoch_that_was_never_called():
-    world = World(epochs=0)
-    for _ in range(2):
-        world.criterion.update(**world.tensors())
-    assert found(world.report(), "warning", "progressive", "has seen 32 rows of a store of 16", "advance_epoch()")
-
-
-def test_advance_epoch_of_a_term_alone():
-    world = World(epochs=0)
-    world.criterion.update(**world.tensors())
-    progressive = world.criterion.terms["progressive"]
-    progressive.advance_epoch()
-    assert found(world.report(), "warning", "progressive", "in epoch 1, the stack in epoch 0")
-    assert world.report(progressive, without=["teacher_logits"]).ok  # by itself it is its own master
-
-
-def test_rows_that_are_never_seen():
-    world = World(epochs=0)
-    world.criterion.update(**world.tensors(index=world.index % 8))  # places in the batch for ids
-    world.criterion.advance_epoch()
-    assert found(world.report(), "warning", "progressive", "8 of 16 rows are known in epoch 1")
-
-
-def test_a_term_of_its_own_without_history_is_only_noted():
-    loss = ProgressiveKD(EMATargets(N, C), alpha=LinearRamp(1.0, 1))
-    report = check_setup(loss, student_logits=torch.randn(N, C, requires_grad=True), index=torch.arange(N))
-    assert found(report, "note", "ProgressiveKD", "no sample of this batch has a history yet")
-    assert [f.severity for f in report.findings] == ["warning", "note"]
-
-
-def test_without_ids_nothing_is_looked_up(world):
-    assert world.report(index=None).ok
-
-
-def test_a_store_of_ones_own_is_left_alone():
-    class Rows:
         def read(self, index):
-            return torch.full((len(index), C), 1 / C), torch.ones(len(index), dtype=torch.bool)
+            return self.rows[index - 100].detach(), torch.ones(len(index), dtype=torch.bool)
 
         def write(self, index, probs):
             raise AssertionError("nothing is written")
 
         def advance_epoch(self): ...
 
-    tensors = dict(student_logits=torch.randn(N, C, requires_grad=True), target=torch.randint(C, (N,)))
-    report = check_setup(ProgressiveKD(Rows()), **tensors, index=torch.arange(N) + 100)
+    report = world.report(ProgressiveKD(Rows()), index=torch.arange(N) + 100, without=["teacher_logits"])
     assert report.findings == ()
     assert report.state == {"ProgressiveKD": "epoch 0, alpha 0.5, 0 rows written in it"}
 
 
-def test_a_store_that_was_left_on_another_device():
-    loss = ProgressiveKD(CachedTargets(N, C))
-    elsewhere = torch.empty(N, C, device="meta")
-    messages = [f.message for f in _setup_state._of_history("term", loss, elsewhere)]
-    assert any("its store is on cpu, the logits are on meta" in message for message in messages)
-    pinned = ProgressiveKD(CachedTargets(N, C, device="cpu"))
-    assert not any("its store is on" in f.message for f in _setup_state._of_history("term", pinned, elsewhere))
+# ---------------------------------------------------------------------------------------------------- the table, the state
 
 
-def test_update_that_would_be_refused(world):
-    world.criterion.eval()
-    for name in ("progressive", "adversarial"):
-        assert found(
-            world.report(), "warning", name, "its `update` would fail: `update` must not be called in eval mode"
-        )
-    loss = AdversarialDistributionLoss(MLPDiscriminator(C))
-    report = world.report(loss, without=["target", "index"])
-    assert found(
-        report, "warning", "AdversarialDistributionLoss", "its `update` would fail: `update` needs an `optimizer`"
+def test_values_and_gradients_are_those_of_the_closed_forms(world):
+    s, t = world.s.detach().double(), world.t.double()
+    q, truth = s.softmax(-1), one_hot(world.y, C).double()
+    alpha = 0.8 * 2 / 4
+    terms = {"kd": DeterministicKD(temperature=2.0), "progressive": world.criterion.terms["progressive"]}
+    rows = {row.name: row for row in world.report(LossStack(terms, weights={"kd": 0.3})).terms}
+    plain, p2, q2 = norm((q - truth) / N), (t / 2).softmax(-1), (s / 2).softmax(-1)
+    kd = 0.3 * norm(2 * (q2 - p2) / N)
+    value = float(4 * (p2 * (p2 / q2).log()).sum(-1).mean())
+    # The model has not moved since q was remembered, in float16.
+    blended = norm((q - (1 - alpha) * truth - alpha * q) / N)
+    assert rows["kd"] == ("kd", 0.3, *(pytest.approx(x, rel=1e-4) for x in (value, kd, kd / plain)))
+    assert rows["progressive"].gradient == pytest.approx(blended, rel=1e-3)
+    entropy = float(-(truth * q.log()).sum(-1).mean())
+    assert rows["cross-entropy alone"][1:] == (
+        1.0,
+        pytest.approx(entropy, rel=1e-5),
+        pytest.approx(plain, rel=1e-5),
+        1.0,
     )
 
 
-@pytest.mark.parametrize(
-    ("bias", "text"), [(50.0, "tells the two sides apart in 100.0%"), (-50.0, "is right in 0.0% of the rows")]
-)
-def test_a_discriminator_that_is_always_right_or_always_wrong(world, bias, text):
-    discriminator = nn.Linear(C, 1)
-    nn.init.zeros_(discriminator.weight)
-    discriminator.weight.data[0, 0] = bias
-    loss = AdversarialDistributionLoss(
-        discriminator, inputs="logits", optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.0)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["ignored", "hidden", "soft"])
+def test_cross_entropy_is_that_of_the_positions_that_count(reduction, kind):
+    logits, target = torch.randn(2, 3, C, requires_grad=True), torch.randint(C, (2, 3))
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    given = {"ignored": target.masked_fill(~mask, -100), "hidden": target, "soft": one_hot(target, C).float()}[kind]
+    kd = DeterministicKD(class_dim=-1, reduction=reduction)
+    report = check_setup(kd, student_logits=logits, teacher_logits=torch.randn(2, 3, C), mask=mask, target=given)
+    kept, share = logits.detach().double()[mask], 3 if reduction == "mean" else 1
+    slope = (kept.softmax(-1) - one_hot(target[mask], C)) / share
+    value = -kept.log_softmax(-1).gather(-1, target[mask][:, None]).sum() / share
+    assert report.terms[-1][2:] == (pytest.approx(float(value), rel=1e-5), pytest.approx(norm(slope), rel=1e-5), 1.0)
+
+
+def test_a_value_a_position_counts_as_their_mean(world):
+    one, each = (world.report(DeterministicKD(reduction=r), without=["index"]) for r in ("mean", "none"))
+    assert one.terms[0] == pytest.approx(each.terms[0])
+    assert each.ok
+
+
+def test_several_labels_have_no_cross_entropy_to_compare_with(world):
+    report = GOOD["several labels"](world)
+    assert [row.name for row in report.terms] == ["BCEWithLogitsLoss"]
+
+
+def test_logits_of_inference_have_no_graph_and_are_looked_at(world):
+    with torch.inference_mode():
+        s = world.s
+    report = world.report(DeterministicKD(), student_logits=s, without=["index"])
+    assert [(f.severity, f.where) for f in report.findings] == [("error", "student_logits")]
+
+
+def test_a_report_is_printed_as_a_table_the_state_and_sentences_the_worst_first():
+    s = torch.tensor([[0.5, 0.0]], requires_grad=True)
+    t = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    q, p = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-2.0))
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    stack = LossStack({"kd": DeterministicKD(temperature=1.0), "progressive": ProgressiveKD(CachedTargets(1, 2))})
+    tensors = dict(student_logits=s, teacher_logits=t, target=torch.tensor([0]), index=torch.tensor([0]))
+    entropy = [f"{-math.log(q):.3g}", f"{math.sqrt(2) * (1 - q):.3g}", "1"]
+    report = check_setup(stack, **tensors)
+    table, state, text = str(report).split("\n\n")
+    assert [line.split()[-4:] for line in table.splitlines()] == [
+        ["weight", "value", "gradient", "ratio"],
+        ["1", f"{kl:.3g}", f"{math.sqrt(2) * (p - q):.3g}", f"{(p - q) / (1 - q):.3g}"],
+        ["1", *entropy],
+        ["1", *entropy],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1  # columns
+    assert state == "progressive: epoch 0, alpha 0.5, 0 rows written in it, 0 of 1 known"
+    assert text == (
+        "WARNING progressive: nothing is remembered: `update` was not called. Call `update(...)` in every\n"
+        "  training step. (Before the first step that is so.)\n"
+        "NOTE teacher_logits: it carries a graph, which no term uses and which costs memory. Use\n"
+        "  `FrozenTeacher` or `no_grad()`."
     )
-    tensors = dict(student_logits=torch.randn(N, C, requires_grad=True), teacher_logits=torch.randn(N, C) + 9)
-    assert check_setup(loss, **tensors).findings[0].message.startswith("its discriminator was never trained")
-    loss.update(**tensors)
-    assert found(check_setup(loss, **tensors), "warning", "AdversarialDistributionLoss", text)
+    assert not report.ok
+    assert repr(report) == str(report)  # for notebooks
+    stack.update(**tensors)
+    assert check_setup(stack, **tensors).ok  # a note is no fault
 
 
-def test_a_discriminator_that_has_exploded(world):
-    world.criterion.terms["adversarial"].discriminator.layers[0].weight.data.fill_(math.nan)
-    world.criterion.update(**world.tensors())
-    assert found(world.report(), "error", "adversarial", "its discriminator's gradient is not finite")
+def test_the_worst_comes_first(world):
+    report = world.report(teacher_logits=world.pretrained(world.x), teacher=world.pretrained, index=world.index // 2)
+    assert [f.severity for f in report.findings] == ["error", "warning", "note"]
 
 
-# -------------------------------------------------------------------------------------------------------------- the modules
-
-
-def test_a_teacher_in_train_mode(world):
-    assert found(world.report(teacher=world.pretrained), "error", "teacher", "in train mode (3 of its modules)")
-    assert world.report(teacher=world.pretrained.eval()).ok
-    world.teacher.train()
-    assert world.report().ok  # it sleeps on
-    world.teacher.model[0].train()
-    assert found(world.report(), "error", "teacher", "in train mode (1 of its modules)")
-
-
-def test_a_teacher_that_is_the_student(world):
-    report = world.report(
-        teacher=FrozenTeacher(world.model, copy=False), optimizer=torch.optim.SGD(world.model.parameters())
-    )
-    assert found(report, "error", "teacher", "shares 2 parameters with `model`")
-
-
-def test_a_model_in_eval_mode(world):
-    world.model.eval()
-    assert found(world.report(), "warning", "model", "in eval mode, the criterion in train mode")
-    world.criterion.eval()
-    assert not found(world.report(), "warning", "model")
-
-
-def test_an_optimizer_that_holds_too_much(world):
-    own = world.criterion.terms["adversarial"]
-    everything = [*world.model.parameters(), *own.discriminator.parameters(), *world.pretrained.parameters()]
-    report = world.report(optimizer=torch.optim.SGD(everything), teacher=world.pretrained.eval())
-    assert found(report, "error", "optimizer", "holds 6 parameters of the discriminator of 'adversarial'")
-    assert found(report, "error", "optimizer", "holds 2 parameters of the teacher")
-    report = world.report(optimizer=own.optimizer)
-    assert found(report, "error", "optimizer", "it is the discriminator's of 'adversarial'")
-    assert not found(report, "error", "optimizer", "parameters of the discriminator")
-
-
-def test_an_optimizer_that_lacks_the_model(world):
-    half = torch.optim.SGD([world.model.weight])
-    assert found(
-        world.report(optimizer=half), "warning", "optimizer", "lacks 1 of the 2 trainable parameters of `model`"
-    )
-    other = torch.optim.SGD(nn.Linear(8, C).parameters())
-    assert found(world.report(optimizer=other), "error", "optimizer", "lacks 2 of the 2")
-    world.model.bias.requires_grad_(False)
-    assert world.report(optimizer=half).ok
-
-
-def test_an_optimizer_that_lacks_or_holds_the_parameters_of_terms():
-    class Rows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rows = nn.Parameter(torch.full((N, C), 1 / C))
-
-        def read(self, index):
-            return self.rows[index].detach(), torch.ones(len(index), dtype=torch.bool)
-
-        def write(self, index, probs): ...
-        def advance_epoch(self): ...
-
-    stack = LossStack({"own": Hidden(), "progressive": ProgressiveKD(Rows())})
-    tensors = dict(
-        student_logits=torch.randn(N, C, requires_grad=True), target=torch.randint(C, (N,)), index=torch.arange(N)
-    )
-    tensors["hidden"] = torch.randn(5, 3)
-    report = check_setup(stack, optimizer=torch.optim.SGD([torch.zeros(1)]), **tensors)
-    assert [(f.severity, f.where) for f in report.findings] == [("warning", "own")]
-    assert "the optimizer lacks 2 of its 2 parameters" in report.findings[0].message
-    report = check_setup(stack, optimizer=torch.optim.SGD(stack.parameters()), **tensors)
-    assert [(f.severity, f.where) for f in report.findings] == [("error", "optimizer")]
-    assert "holds 1 parameters of the store of 'progressive'" in report.findings[0].message
+def test_the_state_of_each_term_is_told(world):
+    state = world.report().state
+    assert state["progressive"] == "epoch 1, alpha 0.4, 0 rows written in it, 16 of 16 known"
+    numbers = {name: f"{float(x):.3g}" for name, x in world.criterion.terms["adversarial"].diagnostics().items()}
+    assert state["adversarial"] == "last update: " + ", ".join(f"{name} {x}" for name, x in numbers.items())
 
 
 # ------------------------------------------------------------------------------------------------------ that it only looks
@@ -613,25 +526,24 @@ def test_nothing_changes(world, context):
         def forward(self, student_logits):
             return nn.functional.dropout(self.norm(student_logits)).square().mean()
 
-    noisy = Noisy()
-    stack = LossStack({**world.criterion.terms, "noisy": noisy})
+    stack = LossStack({**world.criterion.terms, "noisy": Noisy()})
     stack.update(**world.tensors())
     tensors = world.tensors()
+    tensors["student_logits"].retain_grad()
 
     def facts():
-        modules = (stack, world.model, world.teacher.model)
+        modules = (stack, world.model, world.teacher.model, stack.terms["adversarial"].discriminator)
         return copy.deepcopy([
             *(module.state_dict() for module in modules),
-            [p.grad for module in (*modules, stack.terms["adversarial"].discriminator) for p in module.parameters()],
+            [p.grad for module in modules for p in module.parameters()],
+            [module.training for module in (*modules, stack.terms["noisy"])],
             stack.diagnostics(),
             stack.terms["progressive"]._rows_seen,
             torch.get_rng_state(),
             tensors["student_logits"].grad,
-            [module.training for module in (stack, noisy, world.model, world.teacher)],
             dict(world.optimizer.state),
         ])  # fmt: skip
 
-    tensors["student_logits"].retain_grad()
     before = facts()
     with context():
         report = check_setup(stack, model=world.model, teacher=world.teacher, optimizer=world.optimizer, **tensors)
@@ -642,24 +554,17 @@ def test_nothing_changes(world, context):
 
 
 def test_a_compiled_criterion_is_looked_at_as_it_is(world):
-    compiled = torch.compile(world.criterion, backend="eager")
-    assert str(world.report(compiled)) == str(world.report())
-
-
-def test_a_single_term_may_give_a_value_a_position():
-    tensors = dict(student_logits=torch.randn(N, C, requires_grad=True), teacher_logits=torch.randn(N, C))
-    one, each = (check_setup(DeterministicKD(reduction=r), **tensors).terms[0] for r in ("mean", "none"))
-    assert one.value == pytest.approx(each.value)
-    assert one.gradient == pytest.approx(each.gradient)
+    compiled = world.report(torch.compile(world.criterion, backend="eager"))
+    assert str(compiled) == str(world.report())
 
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
         (dict(criterion=[1]), TypeError, "Term 'list' must be an nn.Module (an instance)"),
-        (dict(model=torch.sum), TypeError, "`model` must be a torch Module; got"),
-        (dict(teacher=torch.sum), TypeError, "`teacher` must be a torch Module; got"),
-        (dict(optimizer=torch.optim.SGD), TypeError, "`optimizer` must be a torch Optimizer; got"),
+        (dict(model=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),
+        (dict(teacher=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),
+        (dict(optimizer=torch.optim.SGD), TypeError, "`model`, `teacher` and `optimizer` must be "),
         (dict(student_logits=torch.empty(2, 3, device="meta")), ValueError, "`student_logits` must have values"),
         (dict(criterion=AIKDLoss(3, 3, 3).to("meta")), ValueError, "`criterion` must have values"),
     ],

@@ -577,13 +577,15 @@ def test_the_students_second_derivative_is_the_closed_form_whatever_update_does_
 
 def test_update_moves_parameters_and_buffers_and_leaves_no_gradient():
     discriminator = nn.Sequential(nn.Linear(C, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    discriminator.register_parameter("spare", nn.Parameter(torch.zeros(1)))
     loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
-    discriminator[2].bias.grad = torch.ones(1)  # somebody else's
+    discriminator.spare.grad = torch.ones(1)  # somebody else's
     before = copy.deepcopy(discriminator.state_dict())
     s = torch.randn(8, C, requires_grad=True)
     value = loss.update(s, torch.randn(8, C))
     after = discriminator.state_dict()
     assert not any(same(before[k], after[k]) for k in ("0.weight", "1.running_mean", "2.weight"))
+    assert same(before["spare"], after["spare"])
     assert all(p.grad is None for p in discriminator.parameters())
     assert s.grad is None
     assert not value.requires_grad

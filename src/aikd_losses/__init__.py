@@ -9,7 +9,7 @@ from .discriminators import MLPDiscriminator
 from .objectives import AdversarialObjective, GradientPenalty, ZeroCenteredPenalty
 from .progressive import ProgressiveKD
 from .schedules import LinearRamp
-from .setup_report import check_setup
+from .setup_check import check_setup
 from .stack import LossStack
 from .targets import CachedTargets, EMATargets, TargetStore
 from .teacher import FrozenTeacher

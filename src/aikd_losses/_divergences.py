@@ -102,7 +102,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.float32
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype) for x in tensors]
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits tha
 Plain = Callable[..., Tensor]  # tensors -> a value, or one a row
 Slopes = tuple[Tensor, ...] | None  # gradients, if they are wanted
 WithGradient = Callable[..., tuple[Tensor, Slopes]]  # (wanted, *tensors) -> the same, and its gradients
+How = tuple[Plain, WithGradient, int, bool]  # the last two: how many tensors are learned, and whether gradients are wanted
 # (*tensors, scale) -> a value a row, and `scale` times the gradient of each
 RowsWithGradient = Callable[..., tuple[Tensor, Tensor]]
 
@@ -33,7 +34,7 @@ def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *
     # Autograd cannot save what was made in inference mode.
     tensors = tuple(x.clone() if x.is_inference() else x for x in tensors)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:learned])
-    value: Tensor = _WithGradient.apply(plain, with_gradient, learned, wanted, *tensors)[0]  # type: ignore[no-untyped-call]
+    value: Tensor = _WithGradient.apply((plain, with_gradient, learned, wanted), *tensors)[0]  # type: ignore[no-untyped-call]
     return value
 
 
@@ -69,19 +70,18 @@ def rowwise_loss(plain: Plain, with_gradient: RowsWithGradient, reduction: str, 
 def _reduced(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values
-    return values.sum() / max(1, len(values)) if reduction == "mean" else values.sum()
+    return values.mean() if reduction == "mean" and len(values) else values.sum()
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        plain: Plain, with_gradient: WithGradient, learned: int, wanted: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Slopes]:
+    def forward(how: How, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+        _, with_gradient, _, wanted = how
         return with_gradient(wanted, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Slopes]) -> None:
-        ctx.plain, ctx.with_gradient, ctx.learned, _, *tensors = inputs
+        (ctx.plain, ctx.with_gradient, ctx.learned, _), *tensors = inputs
         ctx.rowwise, ctx.slopes = output[0].ndim == 1, output[1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -95,22 +95,22 @@ class _WithGradient(torch.autograd.Function):
         else:
             if slopes is None:  # the first backward pass took them
                 _, slopes = ctx.with_gradient(True, *tensors)
-            slopes = tuple(_times(slope, grad.unsqueeze(-1) if ctx.rowwise else grad) for slope in slopes)
-        cast = (slope.to(x.dtype) for slope, x in zip(slopes, tensors, strict=False))
-        return None, None, None, None, *cast, *[None] * (len(tensors) - ctx.learned)
+            grad = grad.unsqueeze(-1) if ctx.rowwise else grad
+            slopes = tuple([_times(slope, grad) for slope in slopes])
+        return None, *slopes, *[None] * (len(tensors) - ctx.learned)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         ones = torch.ones(ctx.saved_tensors[0].shape[: int(ctx.rowwise)], device=ctx.saved_tensors[0].device)
         slopes = _plain_slopes(ctx, ones)
-        moved = [slope * t for slope, t in zip(slopes, tangents[4:], strict=False) if t is not None]
+        moved = [slope * t for slope, t in zip(slopes, tangents[1:], strict=False) if t is not None]
         return sum(x.sum(-1) if ctx.rowwise else x.sum() for x in moved), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], plain: Plain, _: Any, learned: int, wanted: bool, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], how: How, *tensors: Tensor
     ) -> tuple[tuple[Tensor, None], tuple[int, None]]:
-        return (torch.vmap(plain, in_dims[4:])(*tensors), None), (0, None)
+        return (torch.vmap(how[0], in_dims[1:])(*tensors), None), (0, None)
 
 
 # torch asks for it in each call, and to work it out takes longer than the arithmetic of small logits.

@@ -48,7 +48,7 @@ def deterministic_kd(
     if divergence != "forward_kl":
         return reduce_positions(plain(student, teacher), mask, reduction)
     with_gradient = partial(kl_with_gradient, temperature=temperature)
-    flat = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    flat = (x.flatten(0, -2) for x in (student, teacher))
     if mask is None or reduction != "mean":
         value = rowwise_loss(plain, with_gradient, _checks.reduction(reduction), *flat)
         return value.reshape(student.shape[:-1]) if reduction == "none" else value
@@ -135,5 +135,5 @@ def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
 
 def visible(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
     """The same, in their own type."""
-    x = logits.movedim(axis, -1)
+    x = logits if axis == logits.ndim - 1 else logits.movedim(axis, -1)
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)

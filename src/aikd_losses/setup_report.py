@@ -1,25 +1,99 @@
-"""Look at one step of training, and say what is set up wrong."""
+"""All that `check_setup` can find, as a table of rules, and the report that shows it."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _checks
-from .progressive import ProgressiveKD
-from .stack import LossStack
 
-if TYPE_CHECKING:
-    from ._setup_terms import Finding, TermReport
+def distributions(rows: Tensor) -> bool:
+    return bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 5e-3).all())
 
-SEVERITIES = ("error", "warning", "note")
-WIDTH = 100  # of the findings, in characters
+
+NEVER = "`update` was not called. Call `update(...)` in every training step. (Before the first step that is so.)"
+
+# (what x is, severity, test of x): the sentence. {it} is what the test gives, other braces are attributes of x.
+RULES: dict[tuple[str, str, Callable[[Any], object]], str] = {
+    ("call", "error", lambda x: x.refusal): "its call fails: {it}",
+    ("update", "warning", lambda x: x.refusal): "its `update` would fail: {it}",
+    ("term", "error", lambda x: not math.isfinite(x.value + (x.gradient or 0))): """its value or its gradient is not
+        finite. Look for NaN and inf in the logits, and for a class at -inf on one side only.""",
+    ("term", "warning", lambda x: x.cut): "no gradient reaches `student_logits`. Look for a `detach()` in the term.",
+    ("term", "warning", lambda x: 10 < (x.ratio or 0) < math.inf): """its gradient is {ratio:.3g} times cross-entropy's:
+        it drowns the labels, unless they are fitted already. Lower its weight, or look for reduction='sum'.""",
+    ("term", "warning", lambda x: 0 < (x.ratio or 0) < 1e-3): """its gradient is {ratio:.3g} times cross-entropy's: it
+        does next to nothing. Look again an epoch later (a discriminator has to learn), then raise its weight.""",
+    ("store", "warning", lambda x: not x.known): f"nothing is remembered: {NEVER}",
+    ("store", "warning", lambda x: x.epoch and 0 < x.known < 0.9 * x.size): """{known} of {size} rows are known in epoch
+        {epoch}. Is `num_samples` the size of the training set, and `index` a sample's id, not its place in the batch?""",
+    ("store", "warning", lambda x: x.seen > x.size): """`update` has seen {seen} rows of a store of {size} since the
+        last `advance_epoch`, for which alpha waits. Call `advance_epoch()` after each epoch.""",
+    ("discriminator", "warning", lambda x: x.untrained): f"its discriminator was never trained: {NEVER}",
+    ("discriminator", "warning", lambda x: x.accuracy > 0.98): """its discriminator is right in {accuracy:.1%} of the
+        rows: little is left to learn. Lower its learning rate, or give it a penalty. (In the first steps it can be chance.)""",
+    ("discriminator", "warning", lambda x: x.accuracy < 0.1): """its discriminator is right in {accuracy:.1%} of the
+        rows. A higher score must mean the teacher. (In the first steps it can be chance.)""",
+    ("discriminator", "error", lambda x: not math.isfinite(x.gradient_norm)): """its discriminator's gradient is not
+        finite. Start again with a lower learning rate.""",
+    ("discriminator", "error", lambda x: x.without_eps): """its optimizer's `eps` is 0 in the type of {it} parameters,
+        so that a step divides by 0. Keep the discriminator in float32: it may be shown logits of any type.""",
+    ("scores", "error", lambda x: int((~(x.rows < math.inf)).any(-1).sum())): """NaN or +inf in {it} of {count} rows:
+        the loss is NaN, and `update` leaves those rows out. Look for a model that has diverged or overflowed.""",
+    ("scores", "error", lambda x: distributions(x.rows)): """its rows look like probabilities (not negative, sum 1), and
+        the terms take raw scores: a softmax of probabilities is nearly uniform. Pass what comes before it, or
+        `probs.log()`.""",
+    ("scores", "error", lambda x: not (x.teacher or x.graph)): """it has no graph, so that `backward()` reaches no
+        model. Compute it outside `no_grad()`, without `detach()`.""",
+    ("scores", "warning", lambda x: x.teacher and torch.equal(x.rows, x.student)): """it equals `student_logits`: there
+        is nothing to match. Pass the pre-trained model's. (A student that starts as a copy moves away with the first
+        steps.)""",
+    ("scores", "note", lambda x: x.teacher and x.graph): """it carries a graph, which no term uses and which costs
+        memory. Use `FrozenTeacher` or `no_grad()`.""",
+    ("scores", "note", lambda x: x.teacher and x.of_labels > 0.99): """it gives the labels of this batch a probability
+        of {of_labels:.1%} on average: it repeats them, and has little to add. After fewer epochs or with more weight decay it
+        has more.""",
+    ("target", "error", lambda x: not distributions(x.rows)): """it is floating and so must hold class probabilities,
+        but its rows do not sum to 1. Pass a softmax, or class indices (int64).""",
+    ("mask", "warning", lambda x: x.positions and not x.count): "it leaves out every position. True = counts.",
+    ("mask", "warning", lambda x: x.ignored): """{it} of the {count} positions that count have target -100, which is no
+        class. Is it inverted, or missing? Pass `mask=target != -100`. (Without labels a teacher can still be matched.)""",
+    ("index", "warning", lambda x: len(x.ids) - len(x.ids.unique())): """{it} of {count} ids repeat others, and of equal
+        ids the last is remembered. Each sample (or position) needs its own, as `IndexedDataset` gives it. (Sampling with
+        replacement does this too.)""",
+    ("teacher", "error", lambda x: x.awake): """it is in train mode ({it} of its modules), with dropout on and batch
+        norm drifting, where it has them. Use `FrozenTeacher(model)`, or call `teacher.eval()` after every `train()`.""",
+    ("teacher", "error", lambda x: len(x.parameters & x.student)): """it shares {it} parameters with `model` or its
+        optimizer, and so moves with the student. Use `FrozenTeacher(model)`, which keeps a copy.""",
+    ("model", "warning", lambda x: x.asleep): "it is in eval mode, the criterion in train mode. Call `model.train()`.",
+    ("optimizer", "error", lambda x: len(x.held & x.adversary)): """it holds {it} parameters of a discriminator, which
+        the student's loss must not train. Build it from `model.parameters()`.""",
+    ("optimizer", "warning", lambda x: len(x.wanted - x.held)): """it lacks {it} of the {count} trainable parameters of
+        the model and the criterion's terms, which stay as they are.""",
+}
+
+
+class Finding(NamedTuple):
+    """What is wrong, and where: in a term, a tensor or an argument."""
+
+    severity: str  # "error": training goes wrong; "warning": it probably does; "note"
+    where: str
+    message: str
+
+
+class TermReport(NamedTuple):
+    """A line of the table; None is what could not be computed."""
+
+    name: str
+    weight: float
+    value: float | None
+    gradient: float | None  # its norm, of the weighted term
+    ratio: float | None  # to plain cross-entropy's
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,96 +115,13 @@ class SetupReport:
         return all(finding.severity == "note" for finding in self.findings)
 
     def __repr__(self) -> str:
-        rows = [("term", "weight", "value", "gradient", "ratio"), *(term.row() for term in self.terms)]
+        rows: list[tuple[str, ...]] = [("term", "weight", "value", "gradient", "ratio")]
+        rows += [(name, *("-" if x is None else f"{x:.3g}" for x in numbers)) for name, *numbers in self.terms]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines += ["", *(f"{name}: {sentence}" for name, sentence in self.state.items())] if self.state else []
-        lines += [""]
-        for finding in self.findings:
-            sentence = f"{finding.severity.upper()} {finding.where}: {finding.message}"
-            lines += textwrap.wrap(sentence, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-        return "\n".join(lines if self.findings else [*lines, "Nothing wrong was found."])
-
-
-def check_setup(
-    criterion: nn.Module,
-    *,
-    model: nn.Module | None = None,
-    teacher: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    **tensors: Any,
-) -> SetupReport:
-    r"""Finds the usual mistakes in the set-up of a criterion, from the tensors of one training step; changes nothing.
-
-    Call it by hand, after some steps and once more after an epoch. It computes every term anew and waits for the device, so
-    it is not for every step. One process of several may call it alone: nothing is exchanged. `model` and `teacher` are looked
-    at, not called. Where `diagnostics()` of a criterion gives numbers to be logged, this gives sentences: what is wrong, why
-    it matters, what to do.
-
-    The table compares gradients with respect to `student_logits`: the norm of a weighted term's over that of plain
-    cross-entropy's on the same batch. A ratio far above 1 drowns the labels, one near 0 does nothing. The adversarial term's
-    grows while its discriminator learns: do not judge its weight by the first steps.
-
-    Args:
-        criterion: a `LossStack`, an `AIKDLoss`, or a single term of any kind that a `LossStack` takes.
-        model: the student. Is it trained, and apart from the teacher?
-        teacher: the pre-trained model. Is it in eval mode?
-        optimizer: the student's. Does it hold what it should, and nothing else?
-        tensors: what `criterion` is called with, by name.
-
-    Returns: a `SetupReport`, to be printed; `.ok` says whether there is neither an error nor a warning.
-
-    State: none. Gradients, the criterion and the random state stay as they are. (What a term of your own changes in its
-    `forward`, other than its buffers, is not undone.)
-
-    Raises: `TypeError` for arguments of the wrong kind; `ValueError` for tensors on the meta device. What the terms raise is
-    a finding.
-
-    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]], requires_grad=True)
-    >>> report = check_setup(DeterministicKD(), student_logits=logits, teacher_logits=logits.detach().softmax(-1))
-    >>> report.ok, [(finding.severity, finding.where) for finding in report.findings]
-    (False, [('error', 'teacher_logits')])
-    """
-    # Here, as most programs import the package without ever asking.
-    from ._setup_state import of_modules, of_state, state
-    from ._setup_tensors import of_tensors
-    from ._setup_terms import measure
-
-    _check_kind("model", model, nn.Module)
-    _check_kind("teacher", teacher, nn.Module)
-    _check_kind("optimizer", optimizer, torch.optim.Optimizer)
-    criterion = getattr(criterion, "_orig_mod", criterion)  # that which torch.compile has wrapped
-    stack = _as_stack(criterion, tensors)
-    alone = stack is not criterion
-    for name, tensor in {**tensors, "criterion": stack.epoch}.items():
-        if isinstance(tensor, Tensor):
-            _checks.has_values(name, tensor, torch.device("cpu"))
-    with _untouched(tensors):
-        terms, findings = measure(stack, tensors, alone)
-        findings += of_tensors(stack, tensors)
-        findings += of_state(stack, tensors, {term.name for term in terms if term.value is not None}, alone)
-        findings += of_modules(stack, model, teacher, optimizer)
-        findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-        return SetupReport(tuple(terms), state(stack), tuple(findings))
-
-
-def _check_kind(name: str, value: object, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be a torch {kind.__name__}; got {value!r}.")
-
-
-def _as_stack(criterion: nn.Module, tensors: Mapping[str, Any]) -> LossStack:
-    """A single term is a stack of one."""
-    if isinstance(criterion, LossStack):
-        return criterion
-    name = type(criterion).__name__
-    second_form = isinstance(criterion, ProgressiveKD) and tensors.get("target") is None
-    return LossStack({name: criterion}, inputs={name: {"target": None}} if second_form else None)
-
-
-@contextmanager
-def _untouched(tensors: Mapping[str, Any]) -> Iterator[None]:
-    """Gradients can be taken in here, wherever the caller is, and random numbers drawn without a trace."""
-    cuda = {x.device for x in tensors.values() if isinstance(x, Tensor) and x.is_cuda}
-    with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
-        yield
+        lines += [""] if self.findings else ["", "Nothing wrong was found."]
+        for severity, where, message in self.findings:
+            line = f"{severity.upper()} {where}: {message}"
+            lines += textwrap.wrap(line, 100, subsequent_indent="  ", break_on_hyphens=False)
+        return "\n".join(lines)

@@ -1,51 +1,42 @@
-"""What the examples of training loops share: 1,000 embedded images with 40% wrong labels, the network, the pre-trained model.
+"""What the loops with a framework share: 1,000 embedded images, 40% of their labels wrong, and the pre-trained model.
 
 The 4,000 test images keep their labels. Learning rate, weight decay and epochs are those of quickstart.py.
 """
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from _data import read, spoil
+from _networks import mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
 EPOCHS = 40
-WRONG_LABELS = dict(temperature=4.0, weights={"progressive": 0.5})  # settings where many are; otherwise leave them out
 BATCH_SIZE = 100
 SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def load(part: str, size: int) -> tuple[Tensor, Tensor]:
-    x, y = (
-        gzip.decompress((FILES / f"{part}-{kind}-ubyte.gz").read_bytes()) for kind in ("images-idx3", "labels-idx1")
-    )
-    x, y = (torch.frombuffer(bytearray(raw), dtype=torch.uint8) for raw in (x[16:], y[8:]))
-    return (x.view(-1, 784)[:size] - 73.0) / 90.0, y[:size].long()  # mean and standard deviation of the pixels
+def normalised(x: Tensor) -> Tensor:
+    return (x.flatten(1) - 73.0) / 90.0  # mean and standard deviation of the pixels
 
 
 def train_set() -> TensorDataset:
     """The same wrong labels in every process, whatever the global generator's state."""
-    x, y = load("train", 1000)
-    g = torch.Generator().manual_seed(0)
-    wrong = torch.randperm(len(x), generator=g)[:400]
-    y[wrong] = (y[wrong] + torch.randint(1, 10, (400,), generator=g)) % 10
-    return TensorDataset(x, y)
+    x, y, _, _ = read("fashion-mnist-mini")
+    return TensorDataset(normalised(x[:1000]), spoil(y[:1000], 0.4, 10, torch.Generator().manual_seed(0)))
 
 
 def test_set() -> TensorDataset:
-    return TensorDataset(*load("t10k", 4000))
+    _, _, x, y = read("fashion-mnist-mini")
+    return TensorDataset(normalised(x), y)
 
 
-def new_model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+def new_model() -> nn.Module:
+    return mlp(1, 28, 10)
 
 
-def pretrained_model() -> nn.Sequential:
+def pretrained_model() -> nn.Module:
     """Phase 1: plain cross-entropy, in a plain loop."""
     model, (x, y) = new_model(), train_set().tensors
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
