@@ -111,7 +111,8 @@ def _kind(x: object) -> str:
     """What of a value must be here as in the checkpoint."""
     if not isinstance(x, Tensor):
         return type(x).__name__
-    return f"{x.dtype} of shape {tuple(x.shape)}{' without values (meta)' if x.is_meta else ''}"
+    kind = "" if x.layout is torch.strided else f" and {x.layout}"
+    return f"{x.dtype} of shape {tuple(x.shape)}{kind}{' without values (meta)' if x.is_meta else ''}"
 
 
 def _moved(value: Tensor, fn: Any) -> Tensor:

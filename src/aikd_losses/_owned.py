@@ -80,8 +80,10 @@ class Owner(Carrier):
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
                 x = saved[f"optimizer.param_groups.{i}.{key}"]
-                value = tuple(x.tolist()) if x.ndim else x.item()
-                group[key] = x.to(group[key]) if isinstance(group[key], Tensor) else value
+                if isinstance(group[key], Tensor):
+                    group[key].copy_(x)  # in place, where a captured step looks
+                else:
+                    group[key] = tuple(x.tolist()) if x.ndim else x.item()
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
 
 

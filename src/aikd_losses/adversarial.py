@@ -177,10 +177,10 @@ class AdversarialDistributionLoss(Owner):
                 "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
                 "`.train()` on the loss."
             )
-        if self.optimizer is None:
+        if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
             raise RuntimeError(
-                "`update` needs an `optimizer`, given on construction: torch.optim.Adam(discriminator.parameters()). "
-                "Without one, step on `discriminator_loss` yourself."
+                "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
+                "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
             )
         return self._check(*tensors, **named)
 
@@ -239,13 +239,15 @@ class AdversarialDistributionLoss(Owner):
         """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
         assert self.optimizer is not None  # checked
         trained = [p for p in self.discriminator.parameters() if p.requires_grad]
-        sums = [count.to(loss), loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)]
+        slopes = torch.autograd.grad(loss, trained, allow_unused=True)
+        used = {p: slope for p, slope in zip(trained, slopes, strict=True) if slope is not None}
+        sums = [count.to(loss), loss.detach(), *used.values()]
         count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
-        loss, *slopes = (x / count.clamp_min(1).to(x) for x in sums)
-        norm = nn.utils.get_total_norm(slopes)
+        loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
+        norm = nn.utils.get_total_norm(means)
         self.optimizer.zero_grad()  # leaves out what is not ours
-        for p, slope in zip(trained, slopes, strict=True):
-            p.grad = slope
+        for p, mean in zip(used, means, strict=True):
+            p.grad = mean
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
         return loss, norm

@@ -145,5 +145,12 @@ class ZeroCenteredPenalty:
 
 def _input_gradient(score: Score, x: Tensor) -> Tensor:
     """The gradient of each score with respect to its own row, itself differentiable."""
-    slope: Tensor = torch.func.grad(lambda rows: score(rows).sum())(x)
+    if torch.compiler.is_compiling():  # pragma: no cover (the compiler reads it): torch.autograd.grad breaks the graph
+        slope: Tensor = torch.func.grad(lambda rows: score(rows).sum())(x)
+        return slope
+    with (
+        torch.enable_grad()
+    ):  # torch.func.grad would refuse a discriminator that counts in a buffer, as batch norm does
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(score(x).sum(), x, create_graph=True)
     return slope
