@@ -15,9 +15,7 @@ class Carrier(nn.Module):
     A wrapper takes what `parameters()`, `buffers()` and `modules()` list for part of the model: DDP would broadcast
     rank 0's store over the others' rows, FSDP would shard the discriminator away from under its optimizer, an
     optimizer made from `self.parameters()` would train the teacher. So what is carried is in none of them. It still
-    follows `to()`, and what `_saved` names is in `state_dict()`.
-
-    Carried tensors follow `to()` in device alone: a storage type is a decision, not a precision to be cast.
+    follows `to()`, tensors in device alone (a storage type is a decision), and what `_saved` names is in `state_dict()`.
     """
 
     _carried: ClassVar[tuple[str, ...]] = ()
@@ -93,9 +91,9 @@ class Carrier(nn.Module):
         """What a checkpoint has for this object, by name; the keys that it lacks; what does not fit, and why."""
         own, tensors = self._own_state(), self._saved_tensors().keys()
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        remedy = "Build this object with the settings it was saved with."
         errors = [
-            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. Build this object with the "
-            "settings it was saved with."
+            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. {remedy}"
             for name, x in saved.items()
             if _kind(x) != _kind(own[name])
         ]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 PAGE = 4096  # the header's size and the columns' alignment
-MARK = PAGE - 16  # where in the header the mark is: the process that writes the file, as `_process` says it
+MARK = PAGE - 16  # where in the header the mark is: the process that writes the file, as `_process` says it, or zeros
 FORMAT = "aikd-losses targets 3"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 MACHINE = BOOT.read_text() if BOOT.exists() else str(uuid.getnode())
-WHOLE = [0, 0]  # the mark of a file that nobody is writing
+Columns = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class MappedFile:
@@ -30,29 +30,22 @@ class MappedFile:
     where several do: ranks end together); who opens it when that process is gone finds it interrupted.
     """
 
-    def __init__(
-        self, path: str, facts: dict[str, Any], columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> None:
-        header = json.dumps({"format": FORMAT, **facts}).encode().ljust(MARK)
+    def __init__(self, path: str, facts: dict[str, Any], columns: Columns) -> None:
+        header = json.dumps({"format": FORMAT, **facts}, default=str).encode().ljust(MARK)
         offsets, size = {}, PAGE
         for name, (dtype, shape) in columns.items():
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
-        try:
-            if not os.path.exists(path):
-                _create(path, header, size)
-            with open(path, "r+b") as file:
-                status, found = os.fstat(file.fileno()), file.read(MARK)
-                if (found, status.st_size) != (header, size):
-                    raise ValueError(
-                        f"`path` must be a file of {size} bytes that begins with {header.strip()!r}; {path!r} has "
-                        f"{status.st_size} and begins with {found[:200].strip()!r}. Build the store with the file's settings, "
-                        "or pass another path."
-                    )
-                memory = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            reason = f"`path` must be a file of {size} bytes to read and write: {error.strerror or error}"
-            raise OSError(error.errno, reason, path) from error
+        if not os.path.exists(path):
+            _create(path, header, size)
+        with open(path, "r+b") as file:
+            status, found = os.fstat(file.fileno()), file.read(MARK)
+            if (found, status.st_size) != (header, size):
+                raise ValueError(
+                    f"`path` must be a file of {size} bytes that begins with {header.strip()!r}; {path!r} has {status.st_size} "
+                    f"and begins with {found[:200].strip()!r}. Build the store with the file's settings, or pass another path."
+                )
+            memory = mmap.mmap(file.fileno(), size)
         self.columns = {  # each with a storage of its own, which is what torch.save tells tensors apart by
             name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offsets[name]).view(shape)
             for name, (dtype, shape) in columns.items()
@@ -61,14 +54,14 @@ class MappedFile:
         self._mark = torch.frombuffer(memory, dtype=torch.int64, count=2, offset=MARK)
         pid, number = writer = self._mark.tolist()
         lives = writer == _process(pid) and (number != 0 or pid == os.getpid())
-        self._left = None if writer == WHOLE or lives else writer
+        self._left = writer if any(writer) and not lives else None
 
     @property
     def interrupted(self) -> bool:
         return self._mark.tolist() == self._left
 
     def begin(self) -> None:
-        if self._mark.tolist() == WHOLE:
+        if not self._mark.any():
             self._mark.copy_(torch.tensor(_process(os.getpid()), device="cpu"))
 
     def end(self) -> None:

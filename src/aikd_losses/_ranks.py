@@ -18,17 +18,12 @@ class Ranks:
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a "
-                f"DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}."
-            )
+            required = "`process_group` must be None or a torch.distributed.ProcessGroup that this process is in"
+            raise TypeError(f"{required} (of a DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}.")
         self.group = process_group
 
     def active(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
-
-    def own(self) -> int:
-        return dist.get_rank(self.group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a group is a connection, which a copy shares

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks
 from ._carrier import Carrier
-from ._file import MappedFile
+from ._file import Columns, MappedFile
 from ._ranks import Ranks
 
 
@@ -23,10 +23,9 @@ class Table(Carrier):
     _carried: ClassVar[tuple[str, ...]] = ("rows", "classes", "known", "_last_write")
     _saved = ("rows", "classes", "known")
     rows: Tensor  # (num_samples, num_classes or top_k) in the storage type
-    classes: Tensor | None  # (num_samples, top_k): which classes those are
+    classes: Tensor | None = None  # (num_samples, top_k): which classes those are
     known: Tensor  # (num_samples,): was the row ever written
-    _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, -1 for none
-    _file: MappedFile | None
+    _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, 0 for none
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
-        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
+        if dtype not in _checks.FLOATS:
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
@@ -51,32 +50,26 @@ class Table(Carrier):
             raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {device}.")
         self.path = None if path is None else os.path.abspath(path)
         self.pinned = device is not None or path is not None
-        columns = {
-            "rows": (self.dtype, (self.num_samples, self.top_k or self.num_classes)),
-            "known": (torch.bool, (self.num_samples,)),
-        }
+        facts = {name: getattr(self, name) for name in ("num_samples", "num_classes", "dtype", "top_k")}
+        columns: Columns = {"rows": (dtype, (self.num_samples, self.top_k or self.num_classes))}
         if self.top_k is not None:
             integers = (torch.uint8, torch.int16, torch.int32)
             smallest = next(d for d in integers if self.num_classes - 1 <= torch.iinfo(d).max)
             columns["classes"] = (smallest, (self.num_samples, self.top_k))
-        if self.path is None:
-            self._file = None
-            table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
-        else:
-            facts = {"num_samples": num_samples, "num_classes": num_classes, "dtype": str(dtype), "top_k": top_k}
-            self._file = MappedFile(self.path, facts, columns)
-            table = self._file.columns
-        self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
-        self._last_write = torch.full((self.num_samples,), -1, device=self.known.device)
-        self._num_written = 0
+        columns["known"] = (torch.bool, (self.num_samples,))
+        self._file = None if self.path is None else MappedFile(self.path, facts, columns)
+        for name, (kind, shape) in columns.items():
+            zeros = torch.zeros(shape, dtype=kind, device=device) if self._file is None else self._file.columns[name]
+            setattr(self, name, zeros)
+        self._last_write = torch.zeros(self.num_samples, dtype=torch.int64, device=self.known.device)
+        self._next_write = 1
 
     def check_whole(self) -> None:
         """RuntimeError where the file was left by a process that ended while it wrote."""
         if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
             raise RuntimeError(
-                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows "
-                "of two epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or "
-                "delete the file to start without history."
+                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`. Load a "
+                "checkpoint of the store (`load_state_dict`), or delete the file to start without history."
             )
 
     @torch.no_grad()
@@ -110,13 +103,13 @@ class Table(Carrier):
         at, probs = index.to(home), probs.to(home)
         # Rows are written in any order, also by the threads of a CPU. So writes are numbered, and the highest number wins:
         # equal ids need no order and dropped rows no branch.
-        order = torch.arange(self._num_written, self._num_written + len(at), device=home)
+        order = torch.arange(self._next_write, self._next_write + len(at), device=home)
         if keep is not None:
             dropped = ~keep.to(home)  # whose ids may be none
-            at, order = at.masked_fill(dropped, 0), order.masked_fill(dropped, -1)
+            at, order = at.masked_fill(dropped, 0), order.masked_fill(dropped, 0)
         self._last_write.scatter_reduce_(0, at, order, "amax")
-        winner = self._last_write.index_select(0, at) - self._num_written
-        self._num_written += len(at)
+        winner = self._last_write.index_select(0, at) - self._next_write
+        self._next_write += len(at)
         written = winner >= 0
         new = {"known": written, "rows": self._encode(probs.index_select(0, winner.clamp_min(0)), at)}
         if self.top_k is not None:
@@ -134,49 +127,40 @@ class Table(Carrier):
         self.check_whole()
         if self._ranks.active():
             self._exchange()
-        elif self._file is not None:
-            self._file.end()
-        self._forget_writes()
+        self._after_load()
 
     def _exchange(self) -> None:
         """Of ranks that map one file the first one writes it, and no rank goes on before that is done: a row that came
         late would overwrite one of the next epoch."""
-        own, columns = 0 if self._file is None else self._file.identity, list(self._saved_tensors().values())
+        columns, own = list(self._saved_tensors().values()), 0 if self._file is None else self._file.identity
         files = self._ranks.gather_number(own, self.known.device)
-        writes = self._file is None or files.index(own) == self._ranks.own()
         if self._file is None or len(set(files)) > 1:
-            fresh = (self._last_write >= 0).nonzero().squeeze(-1)
+            writes = self._file is None or files.index(own) == dist.get_rank(self._ranks.group)
+            fresh = self._last_write.nonzero().squeeze(-1)
             for index, *values in self._ranks.gather_rows(fresh, columns):
                 for column, value in zip(columns, values, strict=True):
                     if writes:
                         column.index_copy_(0, index, value)
-        if self._file is not None and writes:
-            self._file.end()
         if any(files):  # somebody has a file
             self._ranks.gather_number(0, self.known.device)
-
-    def _forget_writes(self) -> None:
-        self._last_write.fill_(-1)
-        self._num_written = 0
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         if self.classes is not None and not int(saved["classes"].max()) < self.num_classes:
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
-        parts = saved["rows"].split(1024)  # a sum in float32 makes a copy
-        sums = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
+        rows, known = saved["rows"], saved["known"]
+        sums = torch.cat(
+            [part.sum(-1, dtype=torch.float32) for part in rows.split(1024)]
+        )  # which copies a part at a time
         # Averages in float16 may be far from 1, and of many classes the `top_k` have little.
-        if not (saved["rows"].min() >= 0 and (sums <= 1.5).all() and torch.equal(sums > 0, saved["known"])):
+        if not (rows.min() >= 0 and (sums <= 1.5).all() and torch.equal(sums > 0, known)):
             raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1) where `known`.")
 
-    def _fill(self, saved: Mapping[str, Tensor]) -> None:
-        if self._file is not None:
-            self._file.begin()
-        super()._fill(saved)
-
     def _after_load(self) -> None:
+        """What is here is whole, and the same on every rank."""
         if self._file is not None:
             self._file.end()
-        self._forget_writes()  # what is loaded here is loaded on every rank
+        self._last_write.zero_()
+        self._next_write = 1
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)
