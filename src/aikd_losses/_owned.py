@@ -1,4 +1,4 @@
-"""A discriminator and the optimizer that trains it: they move together and travel in one checkpoint.
+"""A discriminator and the optimizer that trains it: a step on the rows of all ranks, a move, a checkpoint.
 
 The optimizer travels as tensors that exist from the start, so that names, shapes and types depend on the settings alone:
 
@@ -15,10 +15,12 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._carrier import Carrier
+from ._ranks import Ranks
 
 
 class Owner(Carrier):
@@ -28,13 +30,38 @@ class Owner(Carrier):
     _saved = ("discriminator",)
     discriminator: nn.Module
 
-    def __init__(self, discriminator: nn.Module, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, discriminator: nn.Module, optimizer: Optimizer | None, process_group: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
         if optimizer is not None:
             _check(optimizer, discriminator)
         self.discriminator, self.optimizer = discriminator, optimizer
+        self._ranks = Ranks(process_group)
+        self._same_on_all_ranks = False
+
+    def _take_first_ranks(self) -> None:
+        """The discriminator of the first rank, once."""
+        if self._ranks.active() and not self._same_on_all_ranks:
+            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+            self._same_on_all_ranks = True
+
+    def _step(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
+        assert self.optimizer is not None  # checked
+        trained = [p for p in self.discriminator.parameters() if p.requires_grad]
+        sums = [count.to(loss), loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)]
+        count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
+        loss, *slopes = (x / count.clamp_min(1).to(x) for x in sums)
+        norm = nn.utils.get_total_norm(slopes)
+        self.optimizer.zero_grad()  # leaves out what is not ours
+        for p, slope in zip(trained, slopes, strict=True):
+            p.grad = slope
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
+        return loss, norm
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = list(self.discriminator.parameters())
