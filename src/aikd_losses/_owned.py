@@ -34,19 +34,10 @@ class Owner(Carrier):
         self, discriminator: nn.Module, optimizer: Optimizer | None, process_group: dist.ProcessGroup | None
     ) -> None:
         super().__init__()
-        if not isinstance(discriminator, nn.Module):
-            raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        if optimizer is not None:
-            _check(optimizer, discriminator)
+        _check(discriminator, optimizer)
         self.discriminator, self.optimizer = discriminator, optimizer
         self._ranks = Ranks(process_group)
         self._same_on_all_ranks = False
-
-    def _take_first_ranks(self) -> None:
-        """The discriminator of the first rank, once."""
-        if self._ranks.active() and not self._same_on_all_ranks:
-            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
-            self._same_on_all_ranks = True
 
     def _step(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
@@ -85,10 +76,9 @@ class Owner(Carrier):
         found: dict[str, Tensor] = {}
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
-            found[f"optimizer.state.{name}.started"] = torch.tensor(bool(state), device="cpu")
-            for key, x in (state or twin.state[p]).items():
-                if isinstance(x, Tensor):
-                    found[f"optimizer.state.{name}.{key}"] = x.detach()
+            kept = {key: x.detach() for key, x in (state or twin.state[p]).items() if isinstance(x, Tensor)}
+            kept["started"] = torch.tensor(bool(state), device="cpu")
+            found |= {f"optimizer.state.{name}.{key}": x for key, x in kept.items()}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
                 x = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
@@ -122,14 +112,16 @@ def _is_number(x: object) -> bool:
     return isinstance(x, Real | Tensor) and not isinstance(x, bool)
 
 
-def _check(optimizer: object, discriminator: nn.Module) -> None:
+def _check(discriminator: object, optimizer: object) -> None:
+    if not isinstance(discriminator, nn.Module):
+        raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+    if optimizer is None:
+        return
     if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         raise TypeError(
-            "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got "
-            f"{type(optimizer).__name__}."
+            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}."
         )
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    own = set(discriminator.parameters())
+    own, held = set(discriminator.parameters()), {p for group in optimizer.param_groups for p in group["params"]}
     if held != own:
         raise ValueError(
             f"`optimizer` must hold exactly the discriminator's {len(own)} parameters; {len(held & own)} of them and "

@@ -154,7 +154,9 @@ class AdversarialDistributionLoss(Owner):
         either side (NaN, +inf) are left out.
         """
         axis, given = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
-        self._take_first_ranks()
+        if self._ranks.active() and not self._same_on_all_ranks:
+            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+            self._same_on_all_ranks = True
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(student_logits):
             sides = (student_logits.detach(), teacher_logits.detach())
             counts = torch.stack([functional.finite_rows(x.movedim(axis, -1)) for x in sides]).all(0)
@@ -247,7 +249,7 @@ class AdversarialDistributionLoss(Owner):
         return axis, (condition,)
 
     def extra_repr(self) -> str:
-        objective = repr(self.objective) if isinstance(self.objective, str) else type(self.objective).__name__
+        objective = repr(self.objective) if isinstance(self.objective, str) else "AdversarialObjective"
         return (
             f"objective={objective}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
