@@ -278,7 +278,7 @@ def test_an_item_gets_its_position(item, indexed):
 def test_a_position_outside_is_an_index_error():
     data = IndexedDataset([1, 2])
     for index in (2, -3):
-        with pytest.raises(IndexError, match=r"`index` must be in 0..1; got -?\d"):
+        with pytest.raises(IndexError, match="out of range"):
             data[index]
     assert [i for _, i in data] == [0, 1]  # which ends the old way of iterating
 

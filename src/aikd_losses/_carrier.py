@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_SAME_SETTINGS = "Build this object with the settings it was saved with."
-
 
 class Carrier(nn.Module):
     """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
@@ -17,9 +15,7 @@ class Carrier(nn.Module):
     A wrapper takes what `parameters()`, `buffers()` and `modules()` list for part of the model: DDP would broadcast
     rank 0's store over the others' rows, FSDP would shard the discriminator away from under its optimizer, an
     optimizer made from `self.parameters()` would train the teacher. So what is carried is in none of them. It still
-    follows `to()`, and what `_saved` names is in `state_dict()`.
-
-    Carried tensors follow `to()` in device alone: a storage type is a decision, not a precision to be cast.
+    follows `to()`, tensors in device alone (a storage type is a decision), and what `_saved` names is in `state_dict()`.
     """
 
     _carried: ClassVar[tuple[str, ...]] = ()
@@ -31,12 +27,12 @@ class Carrier(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _within(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    def _modules_in(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
         return {name: x for name in names if isinstance(x := getattr(self, name), nn.Module)}
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        for module in self._within(self._carried).values():
+        for module in self._modules_in(self._carried).values():
             module.train(mode)
         return self
 
@@ -57,9 +53,6 @@ class Carrier(nn.Module):
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse, with ValueError or TypeError, what fits in type and shape but not in value."""
 
-    def _before_load(self) -> None:
-        """Say, to whom it concerns, that what is here is about to be overwritten."""
-
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         """Take what was saved, all of which fits."""
         for name, own in self._saved_tensors().items():
@@ -68,11 +61,15 @@ class Carrier(nn.Module):
     def _after_load(self) -> None:
         """Work out anew what follows from the state just loaded."""
 
+    def _own_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, module in self._modules_in(self._saved).items():
+            module.state_dict(destination=state, prefix=f"{name}.")
+        return {**state, **self._saved_tensors()}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, module in self._within(self._saved).items():
-            module.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
-        destination.update({prefix + name: x for name, x in self._saved_tensors().items()})
+        destination.update({prefix + name: x for name, x in self._own_state().items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         missing_keys, error_msgs = args[2], args[4]
@@ -83,30 +80,24 @@ class Carrier(nn.Module):
         error_msgs += errors
         if errors:
             return
-        for name, module in self._within(self._saved).items():
+        for name, module in self._modules_in(self._saved).items():
             inner = {key.removeprefix(f"{name}."): x for key, x in saved.items() if key.startswith(f"{name}.")}
             module.load_state_dict(inner, strict=False)
-        if _whole(self._saved_tensors(), saved):
-            self._before_load()
+        if saved.keys() >= self._saved_tensors().keys():  # a table without its flags would be silently wrong
             self._fill(saved)
             self._after_load()
 
     def _fitting(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str], list[str]]:
         """What a checkpoint has for this object, by name; the keys that it lacks; what does not fit, and why."""
-        tensors = self._saved_tensors()
-        own: dict[str, Any] = dict(tensors)
-        for name, module in self._within(self._saved).items():
-            module.state_dict(destination=own, prefix=f"{name}.")
+        own, tensors = self._own_state(), self._saved_tensors().keys()
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        remedy = "Build this object with the settings it was saved with."
         errors = [
-            f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}"
-            for name in self._saved
-            if getattr(self, name) is None and prefix + name in state_dict
+            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. {remedy}"
+            for name, x in saved.items()
+            if _kind(x) != _kind(own[name])
         ]
-        for name, x in saved.items():
-            if isinstance(own[name], Tensor) and (misfit := _misfit(own[name], x, may_be_cast=name not in tensors)):
-                errors.append(f"`{prefix}{name}` {misfit}")
-        if not errors and _whole(tensors, saved):
+        if not errors and saved.keys() >= tensors:
             try:
                 self._check_load({name: saved[name] for name in tensors})
             except (ValueError, TypeError) as error:
@@ -114,31 +105,17 @@ class Carrier(nn.Module):
         return saved, [prefix + name for name in own if name not in saved], errors
 
 
-def _whole(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> bool:
-    """Whether to load: a table without its flags would be silently wrong, and the meta device has nothing to load into."""
-    return saved.keys() >= own.keys() and not any(x.is_meta for x in own.values())
-
-
-def _misfit(own: Tensor, saved: object, may_be_cast: bool) -> str | None:
-    """Why `saved` cannot be loaded into `own`."""
-    if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_nested:
-        return f"in the checkpoint must be a dense tensor; it is {getattr(saved, 'layout', type(saved).__name__)}."
-    if saved.is_meta and not own.is_meta:
-        return "in the checkpoint must have values; it is on the meta device."
-    if own.is_meta and not saved.is_meta:
-        return "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-    if saved.shape == own.shape and (saved.dtype == own.dtype or may_be_cast):
-        return None
-    there, here = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (saved, own))
-    return f"in the checkpoint is {there}; here it is {here}. {_SAME_SETTINGS}"
+def _kind(x: object) -> str:
+    """What of a value must be here as in the checkpoint."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    kind = "" if x.layout is torch.strided else f" and {x.layout}"
+    return f"{x.dtype} of shape {tuple(x.shape)}{kind}{' without values (meta)' if x.is_meta else ''}"
 
 
 def _moved(value: Tensor, fn: Any) -> Tensor:
-    """`value` on the device to which `fn` moves things, with its own dtype."""
-    probe = fn(torch.empty(0, dtype=value.dtype, device=value.device))
-    if value.is_meta and not probe.is_meta:
-        return torch.zeros_like(value, device=probe.device)  # materialised as an empty store
-    if probe.device.type == "mps" and value.dtype == torch.float64:  # pragma: no cover (needs an Apple GPU)
-        return value.to(probe.device, torch.float32)  # MPS knows no float64
-    moved = value.to(probe.device)
-    return moved.share_memory_() if probe.device.type == "cpu" and probe.is_shared() else moved
+    """`value` on the device to which `fn` moves things, with its own dtype; without values on meta, zeros."""
+    device = fn(torch.empty(0, device=value.device)).device
+    if device.type == "mps" and value.dtype == torch.float64:  # pragma: no cover (needs an Apple GPU)
+        value = value.float()  # MPS knows no float64
+    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)

@@ -22,7 +22,9 @@ DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits tha
 Plain = Callable[..., Tensor]  # tensors -> a value, or one a row
 Slopes = tuple[Tensor, ...] | None  # gradients, if they are wanted
 WithGradient = Callable[..., tuple[Tensor, Slopes]]  # (wanted, *tensors) -> the same, and its gradients
-How = tuple[Plain, WithGradient, int, bool]  # the last two: how many tensors are learned, and whether gradients are wanted
+How = tuple[
+    Plain, WithGradient, int, bool
+]  # the last two: how many tensors are learned, and whether gradients are wanted
 # (*tensors, scale) -> a value a row, and `scale` times the gradient of each
 RowsWithGradient = Callable[..., tuple[Tensor, Tensor]]
 

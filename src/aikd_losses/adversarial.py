@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import _checks, functional
 from ._divergences import no_autocast
 from ._owned import Owner
+from ._ranks import Ranks
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty
 from .schedules import called
 
 INPUTS = ("probs", "log_probs", "logits")
+Condition = tuple[Tensor, ...]  # nothing, or a row a position
 
 
 class AdversarialDistributionLoss(Owner):
@@ -53,11 +56,9 @@ class AdversarialDistributionLoss(Owner):
     the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
     discriminator as a row. Returns a scalar or, with `"none"`, a value a position.
 
-    State: the discriminator and what its optimizer keeps (`optimizer.*`) are in `state_dict()`, though not in `parameters()`,
-    `buffers()` or `modules()`: a student's optimizer or a wrapper does not find them. `update` alone changes them; it may
-    come before the student's `backward()`. `student_loss` leaves no gradient on the discriminator and `discriminator_loss`
-    none on the logits. Under `torch.distributed` the first `update` takes rank 0's discriminator, and every `update` the
-    gradient of all ranks' rows.
+    State: the discriminator and its optimizer (`optimizer.*`) are in `state_dict()`, but not in `parameters()`, `buffers()`
+    or `modules()`, where a student's optimizer or a wrapper would find them. `update` alone changes them. Under
+    `torch.distributed` the first `update` takes rank 0's discriminator, and every `update` the gradient of all ranks' rows.
 
     Raises: `ValueError`, `TypeError` or `IndexError` for settings and tensors out of range or of the wrong kind or shape;
     `RuntimeError` for an `update` in eval mode or without an `optimizer`.
@@ -71,11 +72,10 @@ class AdversarialDistributionLoss(Owner):
     >>> value.shape, of_discriminator.requires_grad
     (torch.Size([]), False)
 
-    Reference: the adversarial term of AI-KD: Kim et al., 2024, https://arxiv.org/abs/2211.10938. Objectives:
-    Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661; Mao et al. (least squares), 2017,
-    https://arxiv.org/abs/1611.04076; Lim and Ye (hinge), 2017, https://arxiv.org/abs/1705.02894; Arjovsky et al.
-    (Wasserstein), 2017, https://arxiv.org/abs/1701.07875; Jolicoeur-Martineau (relativistic), 2018,
-    https://arxiv.org/abs/1807.00734.
+    Reference: the adversarial term of AI-KD: Kim et al., 2024, https://arxiv.org/abs/2211.10938. Objectives: Goodfellow
+    et al., 2014, https://arxiv.org/abs/1406.2661; Mao et al. (least squares), 2017, https://arxiv.org/abs/1611.04076;
+    Lim and Ye (hinge), 2017, https://arxiv.org/abs/1705.02894; Arjovsky et al. (Wasserstein), 2017,
+    https://arxiv.org/abs/1701.07875; Jolicoeur-Martineau (relativistic), 2018, https://arxiv.org/abs/1807.00734.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class AdversarialDistributionLoss(Owner):
         class_dim: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(discriminator, optimizer, process_group)
+        super().__init__(discriminator, optimizer)
         if not isinstance(objective, AdversarialObjective):
             objective = OBJECTIVES[_checks.choice("objective", objective, OBJECTIVES)]
         self.objective = objective
@@ -100,7 +100,9 @@ class AdversarialDistributionLoss(Owner):
         self.penalty = penalty
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
-        self._last_step: dict[str, Tensor] = {}
+        self._ranks = Ranks(process_group)
+        self._same_on_all_ranks = False
+        self._last_step: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -111,16 +113,13 @@ class AdversarialDistributionLoss(Owner):
         condition: Tensor | None = None,
     ) -> Tensor:
         """The student's loss: how far the discriminator is from taking the student for the teacher."""
-        axis, condition = self._check(student_logits, teacher_logits, mask, condition)
+        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
         held = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
         frozen = {name: x.detach().clone() for name, x in held}  # which no step before the backward pass changes
-        score = partial(self._score, frozen, condition)
+        score = partial(self._score, frozen, given)
         with no_autocast(student_logits):
-            student = self._seen(functional.rows(student_logits, axis, mask))
-            of_teacher = None
-            if self.objective.paired:
-                of_teacher = score(self._seen(functional.rows(teacher_logits.detach(), axis, mask)))
-            values = self.objective.student(score(student), of_teacher)
+            of_teacher = score(self._seen(teacher_logits.detach(), axis, mask)) if self.objective.paired else None
+            values = self.objective.student(score(self._seen(student_logits, axis, mask)), of_teacher)
         values = values.unflatten(0, _checks.positions(student_logits, axis))
         return functional.reduce_positions(values, mask, self.reduction)
 
@@ -139,12 +138,10 @@ class AdversarialDistributionLoss(Owner):
         condition: Tensor | None = None,
     ) -> Tensor:
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
-        axis, condition = self._check(student_logits, teacher_logits, mask, condition)
+        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
         with torch.inference_mode(False), no_autocast(student_logits):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-            both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
-            values, _ = self._values(buffers, self._seen(both), condition)
-        values = values.unflatten(0, _checks.positions(student_logits, axis))
+            values, _ = self._values(buffers, student_logits, teacher_logits, axis, mask, given)
         return functional.reduce_positions(values, mask, self.reduction)
 
     def update(
@@ -157,24 +154,34 @@ class AdversarialDistributionLoss(Owner):
     ) -> Tensor:
         """One step of the discriminator; returns its loss before the step, detached.
 
-        Anywhere after the forward call of the same step. Rows without a softmax on either side (NaN, +inf) are left out.
+        Anywhere after the forward call of the same step, before the student's `backward()` too. Rows without a softmax on
+        either side (NaN, +inf) are left out.
         """
-        axis, condition = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
-        self._take_first_ranks()
+        axis, given = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
+        if self._ranks.active() and not self._same_on_all_ranks:
+            self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
+            self._same_on_all_ranks = True
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(student_logits):
-            both = torch.cat([functional.rows(x.detach(), axis, mask) for x in (teacher_logits, student_logits)])
-            finite = functional.finite_rows(both)
-            of_teacher, of_student = finite.chunk(2)
-            counts = of_teacher & of_student if mask is None else of_teacher & of_student & mask
-            seen = self._seen(both.masked_fill(~finite.unsqueeze(-1), 0.0))
-            values, lead = self._values({}, seen, condition)
-            loss, norm = self._step(values, counts.flatten())
-        self._last_step = {"loss": loss, "norm": norm, "lead": lead.detach(), "counts": counts.flatten()}
+            sides = (student_logits.detach(), teacher_logits.detach())
+            counts = torch.stack([functional.finite_rows(x.movedim(axis, -1)) for x in sides]).all(0)
+            counts = counts if mask is None else counts & mask
+            values, lead = self._values({}, *sides, axis, counts, given)
+            loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
+        self._last_step = loss, norm, lead.detach(), counts
         return loss
 
-    def _check_update(self, *tensors: Tensor, **named: Any) -> tuple[int, Tensor | None]:
+    def _check_update(self, *tensors: Tensor, **named: Any) -> tuple[int, Condition]:
         """Refuse whatever `update` refuses; gives what `_check` does."""
-        self._refuse_to_step()
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
+                "`.train()` on the loss."
+            )
+        if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
+            raise RuntimeError(
+                "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
+                "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
+            )
         return self._check(*tensors, **named)
 
     @torch.no_grad()
@@ -186,27 +193,16 @@ class AdversarialDistributionLoss(Owner):
         student gains little, near 0 the discriminator learns the wrong way round. `gradient_norm`: of the step; not finite,
         or growing without bound, in a discriminator that has exploded.
         """
-        if not self._last_step:
+        if self._last_step is None:
             return {}
-        loss, norm, lead, counts = self._last_step.values()
+        loss, norm, lead, counts = self._last_step
         wins = torch.where(lead.isnan(), lead, 0.5 * (torch.sign(lead) + 1))
         accuracy = wins.masked_fill(~counts, 0.0).sum() / counts.sum()
         return {"discriminator_loss": loss, "accuracy": accuracy, "gradient_norm": norm}
 
-    def _values(self, state: dict[str, Tensor], both: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the discriminator minimises, a value a row, and by how much the teacher's row scores more. Both sides' rows,
-        the teacher's first, are scored in one call."""
-        twice = None if condition is None else torch.cat([condition, condition])
-        of_teacher, of_student = self._score(state, twice, both).chunk(2)
-        values = self.objective.discriminator(of_teacher, of_student)
-        if self.penalty is not None:
-            once = None if twice is None else twice.chunk(2)[0]
-            values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
-        return values, of_teacher - of_student
-
-    def _seen(self, rows: Tensor) -> Tensor:
-        """What the discriminator is shown of logits `(*, C)`, a row each, in its precision, float32 at least."""
-        x = rows.flatten(0, -2) / self.temperature
+    def _seen(self, logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+        """What the discriminator is shown of logits, a row a position."""
+        x = functional.rows(logits, axis, mask).flatten(0, -2) / self.temperature
         if self.inputs == "probs":
             x = torch.softmax(x, -1)
         else:
@@ -214,41 +210,71 @@ class AdversarialDistributionLoss(Owner):
             x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
         return x.to(torch.promote_types(next(self.discriminator.parameters(), x).dtype, torch.float32))
 
-    def _check(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        mask: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> tuple[int, Tensor | None]:
-        """The class axis, and the condition as a row a position, without what a mask hides."""
-        axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
-        home = next(self.discriminator.parameters(), student_logits).device
-        if home != student_logits.device:
+    def _score(self, state: dict[str, Tensor], given: Condition, x: Tensor) -> Tensor:
+        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
+        shown = x.to(next(self.discriminator.parameters(), x).dtype)
+        scores: Tensor = functional_call(self.discriminator, state, (shown, *given))
+        if scores.shape not in ((len(x),), (len(x), 1)):
             raise ValueError(
-                f"`student_logits` must be on the device of the discriminator, {home}; got {student_logits.device}. Move "
-                f"the loss with `.to({str(student_logits.device)!r})`."
+                f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
+                f"{tuple(x.shape)}; got {tuple(scores.shape)}."
             )
+        return scores.flatten().to(x.dtype)
+
+    def _values(
+        self, state: dict[str, Tensor], s: Tensor, t: Tensor, axis: int, mask: Tensor | None, given: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """What the discriminator minimises, a value a position, and by how much the teacher's row scores more."""
+        both = torch.cat([self._seen(x.detach(), axis, mask) for x in (t, s)])  # scored in one call
+        twice = tuple(torch.cat([x, x]) for x in given)
+        of_teacher, of_student = self._score(state, twice, both).chunk(2)
+        values = self.objective.discriminator(of_teacher, of_student)
+        if self.penalty is not None:
+            once = tuple(x.chunk(2)[0] for x in twice)
+            values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
+        shape = _checks.positions(s, axis)
+        return values.unflatten(0, shape), (of_teacher - of_student).unflatten(0, shape)
+
+    def _step(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
+        assert self.optimizer is not None  # checked
+        trained = [p for p in self.discriminator.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(loss, trained, allow_unused=True)
+        used = {p: slope for p, slope in zip(trained, slopes, strict=True) if slope is not None}
+        sums = [count.to(loss), loss.detach(), *used.values()]
+        count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
+        loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
+        norm = nn.utils.get_total_norm(means)
+        self.optimizer.zero_grad()  # leaves out what is not ours
+        for p, mean in zip(used, means, strict=True):
+            p.grad = mean
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
+        return loss, norm
+
+    def _check(
+        self, s: Tensor, t: Tensor, *, mask: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[int, Condition]:
+        """The class axis; and the condition, a row a position, without what a mask hides."""
+        axis = functional.check_teacher(s, t, mask, self.class_dim)
+        _checks.same_device("discriminator", next(self.discriminator.parameters(), s), "student_logits", s)
         if condition is None:
-            return axis, None
-        shape = _checks.positions(student_logits, axis)
-        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", student_logits)
-        if condition.shape[: len(shape)] != shape:
+            return axis, ()
+        shape = _checks.positions(s, axis)
+        if _checks.tensor("condition", condition).shape[: len(shape)] != shape:
             raise ValueError(
                 f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(condition.shape)}."
             )
+        condition = condition.flatten(0, len(shape) - 1)
         if mask is not None:
-            condition = condition.masked_fill(~mask.reshape(*shape, *[1] * (condition.ndim - len(shape))), 0)
-        return axis, condition.flatten(0, len(shape) - 1)
+            condition = condition.masked_fill(~mask.reshape(-1, *[1] * (condition.ndim - 1)), 0)
+        return axis, (condition,)
 
     def extra_repr(self) -> str:
-        objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), self.objective)
-        count = sum(p.numel() for p in self.discriminator.parameters())
-        rates = [] if self.optimizer is None else [f"{float(group['lr']):g}" for group in self.optimizer.param_groups]
-        optimizer = None if self.optimizer is None else f"{type(self.optimizer).__name__}(lr={', '.join(rates)})"
+        objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), "custom")
         return (
             f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
-            f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()}), {count:,} parameters\n"
-            f"penalty={called(self.penalty)}, optimizer={optimizer}"
+            f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()})\n"
+            f"penalty={called(self.penalty)}, optimizer={None if self.optimizer is None else type(self.optimizer).__name__}"
         )

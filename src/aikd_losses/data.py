@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 class IndexedDataset(Dataset[Any]):
     r"""Adds to every item of a map-style data set its position in it, the `index` that `ProgressiveKD` asks for.
 
-    $$\text{item}_i \mapsto (\text{item}_i, i)$$
-
-    | item of the data set | here |
-    |---|---|
-    | mapping | `{**item, "index": i}` |
-    | tuple, list | `(*item, i)`, `[*item, i]` |
-    | anything else | `(item, i)` |
+    A mapping becomes `{**item, "index": i}`, a tuple or list `(*item, i)` or `[*item, i]`, anything else `(item, i)`.
 
     Args:
         dataset: a map-style data set. Split first, then index: ids must be 0..len-1 of what is trained on.
@@ -30,21 +24,16 @@ class IndexedDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any] | Sequence[Any]) -> None:
-        if isinstance(dataset, IterableDataset):
+        map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not map_style or isinstance(dataset, IterableDataset):
             raise TypeError(
-                "`dataset` must be map-style: a stream has no sample ids. For streams, use an EMA of the weights as the "
-                "progressive teacher (docs/guide.md)."
+                "`dataset` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
+                f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide.md."
             )
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            hint = " Index the data set, then load it." if isinstance(dataset, DataLoader) else ""
-            raise TypeError(f"`dataset` must have __getitem__ and __len__; got {type(dataset).__name__}.{hint}")
         self.dataset: Any = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def __repr__(self) -> str:
-        return f"IndexedDataset({type(self.dataset).__name__}, {len(self):,} items)"
 
     def __getitem__(self, index: int) -> Any:
         i = range(len(self))[index]  # which counts from the end, too, and refuses what is out of range
@@ -53,9 +42,8 @@ class IndexedDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What a DataLoader asks for, a batch at a time; handed on to a data set that knows how."""
         at = [range(len(self))[i] for i in indices]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = [self.dataset[i] for i in at] if fetch is None else fetch(at)
-        return [_with_index(item, i) for item, i in zip(items, at, strict=True)]
+        fetch = getattr(self.dataset, "__getitems__", lambda at: [self.dataset[i] for i in at])
+        return [_with_index(item, i) for item, i in zip(fetch(at), at, strict=True)]
 
 
 def _with_index(item: Any, i: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -32,24 +31,18 @@ class MLPDiscriminator(nn.Module):
 
     def __init__(self, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        if isinstance(hidden, (str, int)) or not isinstance(hidden, Sequence):
-            raise TypeError(f"`hidden` must be a sequence of widths, such as (64, 64); got {hidden!r}.")
-        widths = [_checks.num_classes(num_classes), *(_checks.integer("hidden", width, 1) for width in hidden), 1]
-        self.num_classes = widths[0]
+        self.num_classes = _checks.num_classes(num_classes)
+        self.hidden = tuple(_checks.integer("hidden", width, 1) for width in hidden)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
+        for fan_in, fan_out in pairwise((self.num_classes, *self.hidden, 1)):
             layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers[:-1])
-        self.hidden = tuple(widths[1:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores `(N,)` of the rows `(N, C)`."""
         _checks.shaped("x", x, (len(x), self.num_classes), "must have the shape (N, C) = ")
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, hidden={self.hidden}"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import _checks
-from .schedules import called
 
 Score = Callable[[Tensor], Tensor]  # (N, C) -> (N,), higher = "teacher"
+Penalty = Callable[
+    [Score, Tensor, Tensor], Tensor
+]  # from it and the teacher's and student's rows (N, C) to (N,), added
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,6 @@ class AdversarialObjective:
     discriminator: Callable[[Tensor, Tensor], Tensor]
     student: Callable[[Tensor, Tensor | None], Tensor]
     paired: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("discriminator", "student"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"`{name}` must be a function of scores; got {getattr(self, name)!r}.")
-
-    def __repr__(self) -> str:
-        names = f"discriminator={called(self.discriminator)}, student={called(self.student)}"
-        return f"AdversarialObjective({names}, paired={self.paired})"
 
 
 # Functions and no lambdas, which could not be pickled.
@@ -93,12 +85,6 @@ OBJECTIVES = {
 }
 
 
-class Penalty(Protocol):
-    """What is added to the discriminator's loss: `(N,)` from a score function and the rows of both sides `(N, C)`."""
-
-    def __call__(self, score: Score, teacher: Tensor, student: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class GradientPenalty:
     r"""Keeps the discriminator's gradient at norm 1 between the two sides (two-sided, on interpolates):
@@ -123,7 +109,7 @@ class GradientPenalty:
         _checks.number("weight", self.weight, 0.0, math.inf)
 
     def __call__(self, score: Score, teacher: Tensor, student: Tensor) -> Tensor:
-        u = rearrange(torch.rand(len(teacher), dtype=teacher.dtype, device=teacher.device), "n -> n 1")
+        u = torch.rand_like(teacher[:, :1])
         slope = _input_gradient(score, u * teacher + (1 - u) * student)
         norm: Tensor = torch.linalg.vector_norm(slope, dim=-1)
         return self.weight * (norm - 1).square()
@@ -162,7 +148,9 @@ def _input_gradient(score: Score, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # pragma: no cover (the compiler reads it): torch.autograd.grad breaks the graph
         slope: Tensor = torch.func.grad(lambda rows: score(rows).sum())(x)
         return slope
-    with torch.enable_grad():
+    with (
+        torch.enable_grad()
+    ):  # torch.func.grad would refuse a discriminator that counts in a buffer, as batch norm does
         x = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(score(x).sum(), x, create_graph=True)
     return slope

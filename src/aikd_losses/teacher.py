@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +13,6 @@ from ._carrier import Carrier
 
 class FrozenTeacher(Carrier):
     r"""A model that stays as it is: in eval mode for ever, without gradients, out of everybody's `parameters()`.
-
-    $$\text{teacher}(x) = \text{model}(x), \qquad \partial\,\text{teacher} = 0$$
 
     `train()` does not wake it, so batch norm keeps its statistics and dropout stays off; `to()`, `cuda()` and
     `double()` still move it. It can be an attribute of the module that is trained: an optimizer made from
@@ -43,11 +40,11 @@ class FrozenTeacher(Carrier):
 
     def __init__(self, model: nn.Module, *, copy: bool = True) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            got = f"a {type(model).__name__}; load it into a model" if isinstance(model, Mapping) else f"{model!r}"
-            raise TypeError(f"`model` must be an nn.Module (an instance); got {got}.")
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            raise TypeError(f"`model` must not be wrapped; got {type(model).__name__}. Pass `model.module`.")
+        if not isinstance(model, nn.Module) or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise TypeError(
+                f"`model` must be an nn.Module (an instance), not wrapped; got {type(model).__name__}. Load a state_dict into "
+                "a model first; of a wrapper pass `model.module`."
+            )
         self.model = copying.deepcopy(model) if copy else model
         self.model.requires_grad_(False)
         self.model.eval()
@@ -66,9 +63,4 @@ class FrozenTeacher(Carrier):
             return self.model(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        parameters = list(self.model.parameters())
-        devices = ", ".join(sorted({str(p.device) for p in parameters}))
-        return (
-            f"{type(self.model).__name__}, {sum(p.numel() for p in parameters):,} parameters"
-            f"{f' on {devices}' if devices else ''}"
-        )
+        return type(self.model).__name__
