@@ -224,7 +224,7 @@ OWN = (ValueError, TypeError, IndexError, RuntimeError)
 SENTENCE = re.compile(
     r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
     # torch's and Python's own, which say what is wrong
-    r"|device\(\) received|device string|device when none|meta tensor|not implemented for|not a mapping"
+    r"|[Dd]evice|meta tensor|not implemented for|not a mapping"
 )
 
 
