@@ -78,7 +78,7 @@ class Own(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, student_logits):
+    def forward(self, student_logits, teacher_logits=None):
         return self.function(student_logits)
 
 
@@ -311,6 +311,9 @@ GOOD = {
     "a teacher that is asleep": lambda w: w.report(teacher=w.pretrained.eval()),
     "a teacher that cannot be woken": lambda w: w.teacher.train() and w.report(),
     "a term of one's own": lambda w: w.of_term(Own(lambda s: s.square().mean())),
+    "classes of a teacher": lambda w: check_setup(
+        w.stack(Own(lambda s: s.square().mean())), student_logits=w.s, teacher_logits=w.y, target=w.y
+    ),
     "evaluation": lambda w: w.model.eval() and w.report(LossStack({"kd": DeterministicKD()}).eval()),
     "other tensors": lambda w: check_setup(LossStack({"hidden": Hidden()}), hidden=torch.randn(5, 3)),
     "classes at -100": lambda w: w.report(student_logits=changed_row(w.s, 0, torch.tensor([-100.0, 0.0, 1.0, 2.0]))),
@@ -366,6 +369,11 @@ def test_what_a_term_refuses_is_a_finding(world, changed, text):
 
 def looked_up(*args, **kwargs):
     raise AssertionError("a GPU would die of this")
+
+
+def test_a_tensor_that_is_missing_is_told_once_a_term(world):
+    report = world.report(without=["teacher_logits"])
+    assert [(f.severity, f.where) for f in report.findings] == [("error", "deterministic"), ("error", "adversarial")]
 
 
 @pytest.mark.parametrize("name", ["index", "partner_index", "target"])

@@ -160,7 +160,7 @@ def test_names_shapes_and_types_of_a_checkpoint_depend_on_the_settings_alone(opt
     first = [name for name in before if name.startswith("optimizer.state.layers.0.weight.")]
     moments = {"sgd": 0, "momentum": 1, "amsgrad": 4, "adagrad": 2}.get(optimizer, 3)
     assert len(first) == 1 + moments
-    assert not loss.state_dict()["optimizer.state.layers.0.weight.started"] or optimizer == "adagrad"
+    assert not loss.state_dict()["optimizer.state.layers.0.weight.] or optimizer == "adagrad"
     assert loss.state_dict()["optimizer.state.layers.2.weight.started"] == (optimizer != "sgd")
 
 
@@ -316,8 +316,8 @@ def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_name
     for loss, name in ((empty, "discriminator"), (nn.ModuleDict({"a": empty}), "a.discriminator")):
         with pytest.raises(RuntimeError) as error:
             loss.load_state_dict({name.removesuffix("discriminator") + key: x for key, x in plain.items()})
-        message = "is on the meta device and has no memory to load into. Call `.to_empty(device=...)` first."
-        assert f"`{name}.layers.0.weight` {message}" in str(error.value)
+        assert f"`{name}.layers.0.weight` in the checkpoint is torch.float32" in str(error.value)
+        assert "without values (meta)" in str(error.value)
     with pytest.raises(
         RuntimeError, match=r"`discriminator.layers.0.weight` in the checkpoint is torch.float32 of shape"
     ):
@@ -356,9 +356,9 @@ NOT_NEGATIVE = "must be finite and not negative; got -"
         (MOMENT, lambda x: x[..., :1].expand(4, 8), r"is torch.float32 of shape \(4, 8\); here"),
         (SQUARES, lambda x: x.double(), r"is torch.float64 of shape \(1, 8\); here it is torch.float32"),
         (STEP, lambda x: x.expand(3), r"is torch.float32 of shape \(3,\); here it is torch.float32 of shape \(\)"),
-        (MOMENT, lambda x: x.to_sparse(), "must be a dense tensor; it is a tensor of layout"),
-        (MOMENT, lambda x: x.to("meta"), "must have values; it is on the meta device"),
-        (RATE, float, "must be a dense tensor; it is float"),
+        (MOMENT, lambda x: x.to_sparse(), "is torch.float32 of shape .1, 8. and torch.sparse_coo; here"),
+        (MOMENT, lambda x: x.to("meta"), "is torch.float32 of shape .1, 8. without values .meta.; here"),
+        (RATE, float, "is float; here it is torch.float64"),
         (RATE, lambda x: x.float(), r"is torch.float32 of shape \(\); here it is torch.float64"),
         (RATE, lambda x: put(x, torch.nan), "must be finite and .* got nan to nan"),
         (RATE, lambda x: put(x, torch.inf), "must be finite and .* got inf to inf"),
@@ -403,11 +403,11 @@ def test_an_optimizers_state_is_loaded_whole_or_not_at_all():
     assert same(loss.discriminator.state_dict(), saved.discriminator.state_dict())  # of which there was all
     none = AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(8,)))
     with pytest.raises(
-        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "optimizer.state.layers.0.weight.started"'
+        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "optimizer.state.layers.0.weight.'
     ):
         none.load_state_dict(full)
     with pytest.raises(
-        RuntimeError, match=r'Missing key\(s\) in state_dict: "optimizer.state.layers.0.weight.started"'
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "optimizer.state.layers.0.weight.'
     ):
         loss.load_state_dict(none.state_dict())
 
@@ -680,7 +680,7 @@ def progressive(**settings):
         (lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, dtype=torch.float32)), r"is torch.float32 of shape"),
         (
             lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, top_k=C)),
-            r"targets.classes` is in the checkpoint, and",
+            r"Unexpected key.*targets.classes",
         ),
         (
             lambda: AIKDLoss(N, C, 4, discriminator=MLPDiscriminator(C, hidden=(5, 5))),

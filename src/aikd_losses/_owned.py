@@ -1,4 +1,4 @@
-"""A discriminator and the optimizer that trains it: they move together and travel in one checkpoint.
+"""A discriminator and the optimizer that trains it: a step on the rows of all ranks, a move, a checkpoint.
 
 The optimizer travels as tensors that exist from the start, so that names, shapes and types depend on the settings alone:
 
@@ -15,10 +15,14 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._carrier import Carrier
+from ._ranks import Ranks
+
+NOT_NEGATIVE = ("lr", "betas", "eps", "weight_decay", "momentum", "step", "exp_avg_sq")
 
 
 class Owner(Carrier):
@@ -28,13 +32,31 @@ class Owner(Carrier):
     _saved = ("discriminator",)
     discriminator: nn.Module
 
-    def __init__(self, discriminator: nn.Module, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, discriminator: nn.Module, optimizer: Optimizer | None, process_group: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
-        if not isinstance(discriminator, nn.Module):
-            raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        if optimizer is not None:
-            _check(optimizer, discriminator)
+        _check(discriminator, optimizer)
         self.discriminator, self.optimizer = discriminator, optimizer
+        self._ranks = Ranks(process_group)
+        self._same_on_all_ranks = False
+
+    def _step(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
+        assert self.optimizer is not None  # checked
+        trained = [p for p in self.discriminator.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(loss, trained, allow_unused=True)
+        used = {p: slope for p, slope in zip(trained, slopes, strict=True) if slope is not None}
+        sums = [count.to(loss), loss.detach(), *used.values()]
+        count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
+        loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
+        norm = nn.utils.get_total_norm(means)
+        self.optimizer.zero_grad()  # leaves out what is not ours
+        for p, mean in zip(used, means, strict=True):
+            p.grad = mean
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
+        return loss, norm
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = list(self.discriminator.parameters())
@@ -58,15 +80,21 @@ class Owner(Carrier):
         found: dict[str, Tensor] = {}
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
-            found[f"optimizer.state.{name}.started"] = torch.tensor(bool(state), device="cpu")
-            for key, x in (state or twin.state[p]).items():
-                if isinstance(x, Tensor):
-                    found[f"optimizer.state.{name}.{key}"] = x.detach()
+            kept = {key: x.detach() for key, x in (state or twin.state[p]).items() if isinstance(x, Tensor)}
+            kept["started"] = torch.tensor(bool(state), device="cpu")
+            found |= {f"optimizer.state.{name}.{key}": x for key, x in kept.items()}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
                 x = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
                 found[f"optimizer.param_groups.{i}.{key}"] = x
         return found
+
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        for key, x in saved.items():
+            low = 0.0 if key.rpartition(".")[2] in NOT_NEGATIVE else -torch.inf
+            if not bool((x.isfinite() & (x >= low)).all()):
+                wanted = "finite" if low else "finite and not negative"
+                raise ValueError(f"`{key}` in the checkpoint must be {wanted}; got {x.min():g} to {x.max():g}.")
 
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         if self.optimizer is None:
@@ -97,14 +125,16 @@ def _is_number(x: object) -> bool:
     return isinstance(x, Real | Tensor) and not isinstance(x, bool)
 
 
-def _check(optimizer: object, discriminator: nn.Module) -> None:
+def _check(discriminator: object, optimizer: object) -> None:
+    if not isinstance(discriminator, nn.Module):
+        raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+    if optimizer is None:
+        return
     if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         raise TypeError(
-            "`optimizer` must be a torch optimizer, not a framework's wrapper around one; got "
-            f"{type(optimizer).__name__}."
+            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}."
         )
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    own = set(discriminator.parameters())
+    own, held = set(discriminator.parameters()), {p for group in optimizer.param_groups for p in group["params"]}
     if held != own:
         raise ValueError(
             f"`optimizer` must hold exactly the discriminator's {len(own)} parameters; {len(held & own)} of them and "

@@ -42,7 +42,7 @@ class Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.num_classes(num_classes)
-        if dtype not in _checks.FLOATS:
+        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import _checks, functional
-from ._divergences import no_autocast
+from ._divergences import no_autocast, wide
 from ._owned import Owner
-from ._ranks import Ranks
-from .objectives import OBJECTIVES, AdversarialObjective, Penalty
+from .objectives import OBJECTIVES, AdversarialObjective, Penalty, objective_of
 from .schedules import called
 
-INPUTS = ("probs", "log_probs", "logits")
 Condition = tuple[Tensor, ...]  # nothing, or a row a position
 
 
@@ -91,17 +89,15 @@ class AdversarialDistributionLoss(Owner):
         class_dim: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(discriminator, optimizer)
+        super().__init__(discriminator, optimizer, process_group)
         if not isinstance(objective, AdversarialObjective):
-            objective = OBJECTIVES[_checks.choice("objective", objective, OBJECTIVES)]
+            _checks.choice("objective", objective, OBJECTIVES)
         self.objective = objective
-        self.inputs = _checks.choice("inputs", inputs, INPUTS)
+        self.inputs = _checks.choice("inputs", inputs, ("probs", "log_probs", "logits"))
         self.temperature = _checks.temperature(temperature)
         self.penalty = penalty
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
-        self._ranks = Ranks(process_group)
-        self._same_on_all_ranks = False
         self._last_step: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def forward(
@@ -116,10 +112,10 @@ class AdversarialDistributionLoss(Owner):
         axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
         held = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
         frozen = {name: x.detach().clone() for name, x in held}  # which no step before the backward pass changes
-        score = partial(self._score, frozen, given)
+        objective, score = objective_of(self.objective), partial(self._score, frozen, given)
         with no_autocast(student_logits):
-            of_teacher = score(self._seen(teacher_logits.detach(), axis, mask)) if self.objective.paired else None
-            values = self.objective.student(score(self._seen(student_logits, axis, mask)), of_teacher)
+            of_teacher = score(self._seen(teacher_logits.detach(), axis, mask)) if objective.paired else None
+            values = objective.student(score(self._seen(student_logits, axis, mask)), of_teacher)
         values = values.unflatten(0, _checks.positions(student_logits, axis))
         return functional.reduce_positions(values, mask, self.reduction)
 
@@ -201,25 +197,24 @@ class AdversarialDistributionLoss(Owner):
         return {"discriminator_loss": loss, "accuracy": accuracy, "gradient_norm": norm}
 
     def _seen(self, logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-        """What the discriminator is shown of logits, a row a position."""
+        """What the discriminator is shown of logits, a row a position, in its precision."""
         x = functional.rows(logits, axis, mask).flatten(0, -2) / self.temperature
         if self.inputs == "probs":
             x = torch.softmax(x, -1)
         else:
             x = torch.log_softmax(x, -1) if self.inputs == "log_probs" else x
             x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
-        return x.to(torch.promote_types(next(self.discriminator.parameters(), x).dtype, torch.float32))
+        return x.to(next(self.discriminator.parameters(), x).dtype)
 
     def _score(self, state: dict[str, Tensor], given: Condition, x: Tensor) -> Tensor:
-        """Scores `(rows,)`, by a discriminator whose parameters and buffers are those in `state`, where given."""
-        shown = x.to(next(self.discriminator.parameters(), x).dtype)
-        scores: Tensor = functional_call(self.discriminator, state, (shown, *given))
+        """Scores `(rows,)`, float32 at least, by a discriminator whose tensors are those in `state`, where given."""
+        scores: Tensor = functional_call(self.discriminator, state, (x, *given))
         if scores.shape not in ((len(x),), (len(x), 1)):
             raise ValueError(
                 f"`discriminator` must return a score a row, shape ({len(x)},) or ({len(x)}, 1) for rows of shape "
                 f"{tuple(x.shape)}; got {tuple(scores.shape)}."
             )
-        return scores.flatten().to(x.dtype)
+        return wide(scores.flatten())[0]
 
     def _values(
         self, state: dict[str, Tensor], s: Tensor, t: Tensor, axis: int, mask: Tensor | None, given: Condition
@@ -228,29 +223,12 @@ class AdversarialDistributionLoss(Owner):
         both = torch.cat([self._seen(x.detach(), axis, mask) for x in (t, s)])  # scored in one call
         twice = tuple(torch.cat([x, x]) for x in given)
         of_teacher, of_student = self._score(state, twice, both).chunk(2)
-        values = self.objective.discriminator(of_teacher, of_student)
+        values = objective_of(self.objective).discriminator(of_teacher, of_student)
         if self.penalty is not None:
             once = tuple(x.chunk(2)[0] for x in twice)
             values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
         shape = _checks.positions(s, axis)
         return values.unflatten(0, shape), (of_teacher - of_student).unflatten(0, shape)
-
-    def _step(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
-        assert self.optimizer is not None  # checked
-        trained = [p for p in self.discriminator.parameters() if p.requires_grad]
-        slopes = torch.autograd.grad(loss, trained, allow_unused=True)
-        used = {p: slope for p, slope in zip(trained, slopes, strict=True) if slope is not None}
-        sums = [count.to(loss), loss.detach(), *used.values()]
-        count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
-        loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
-        norm = nn.utils.get_total_norm(means)
-        self.optimizer.zero_grad()  # leaves out what is not ours
-        for p, mean in zip(used, means, strict=True):
-            p.grad = mean
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
-        return loss, norm
 
     def _check(
         self, s: Tensor, t: Tensor, *, mask: Tensor | None = None, condition: Tensor | None = None
@@ -271,9 +249,9 @@ class AdversarialDistributionLoss(Owner):
         return axis, (condition,)
 
     def extra_repr(self) -> str:
-        objective = next((name for name, known in OBJECTIVES.items() if known == self.objective), "custom")
+        objective = repr(self.objective) if isinstance(self.objective, str) else "AdversarialObjective"
         return (
-            f"objective={objective!r}, inputs={self.inputs!r}, temperature={self.temperature}, "
+            f"objective={objective}, inputs={self.inputs!r}, temperature={self.temperature}, "
             f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
             f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()})\n"
             f"penalty={called(self.penalty)}, optimizer={None if self.optimizer is None else type(self.optimizer).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class MLPDiscriminator(nn.Module):
         _checks.shaped("x", x, (len(x), self.num_classes), "must have the shape (N, C) = ")
         scores: Tensor = self.layers(x)
         return rearrange(scores, "n 1 -> n")
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, hidden={self.hidden}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import reduce
@@ -14,9 +15,7 @@ from torch.nn.functional import softplus
 from . import _checks
 
 Score = Callable[[Tensor], Tensor]  # (N, C) -> (N,), higher = "teacher"
-Penalty = Callable[
-    [Score, Tensor, Tensor], Tensor
-]  # from it and the teacher's and student's rows (N, C) to (N,), added
+Penalty = Callable[[Score, Tensor, Tensor], Tensor]  # (score, teacher's rows, student's rows) -> (N,)
 
 
 @dataclass(frozen=True)
@@ -37,52 +36,38 @@ class AdversarialObjective:
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
-    student: Callable[[Tensor, Tensor | None], Tensor]
+    student: Callable[[Tensor, Any], Tensor]
     paired: bool = False
 
 
-# Functions and no lambdas, which could not be pickled.
-def _non_saturating(teacher: Tensor, student: Tensor) -> Tensor:
-    return softplus(-teacher) + softplus(student)  # -log sigmoid(D(t)) - log(1 - sigmoid(D(s)))
-
-
-def _non_saturating_student(student: Tensor, _: Tensor | None) -> Tensor:
-    return softplus(-student)
-
-
-def _least_squares(teacher: Tensor, student: Tensor) -> Tensor:
-    return 0.5 * (teacher - 1).square() + 0.5 * student.square()
-
-
-def _least_squares_student(student: Tensor, _: Tensor | None) -> Tensor:
-    return 0.5 * (student - 1).square()
-
-
-def _hinge(teacher: Tensor, student: Tensor) -> Tensor:
-    return (1 - teacher).relu() + (1 + student).relu()
-
-
-def _wasserstein(teacher: Tensor, student: Tensor) -> Tensor:
-    return student - teacher
-
-
-def _negative_score(student: Tensor, _: Tensor | None) -> Tensor:
-    return -student
-
-
-def _relativistic(first: Tensor, second: Tensor | None) -> Tensor:
-    """The same for both, whoever is to score more coming first."""
-    assert second is not None  # paired
-    return softplus(second - first)
-
-
 OBJECTIVES = {
-    "non_saturating": AdversarialObjective(_non_saturating, _non_saturating_student),
-    "least_squares": AdversarialObjective(_least_squares, _least_squares_student),
-    "hinge": AdversarialObjective(_hinge, _negative_score),
-    "wasserstein": AdversarialObjective(_wasserstein, _negative_score),
-    "relativistic": AdversarialObjective(_relativistic, _relativistic, paired=True),
+    "non_saturating": AdversarialObjective(
+        lambda teacher, student: softplus(-teacher) + softplus(student),  # -log sigmoid(D(t)) - log(1 - sigmoid(D(s)))
+        lambda student, _: softplus(-student),
+    ),
+    "least_squares": AdversarialObjective(
+        lambda teacher, student: 0.5 * (teacher - 1).square() + 0.5 * student.square(),
+        lambda student, _: 0.5 * (student - 1).square(),
+    ),
+    "hinge": AdversarialObjective(
+        lambda teacher, student: (1 - teacher).relu() + (1 + student).relu(),
+        lambda student, _: -student,
+    ),
+    "wasserstein": AdversarialObjective(
+        lambda teacher, student: student - teacher,
+        lambda student, _: -student,
+    ),
+    "relativistic": AdversarialObjective(
+        lambda teacher, student: softplus(student - teacher),
+        lambda student, teacher: softplus(teacher - student),
+        paired=True,
+    ),
 }
+
+
+def objective_of(named: str | AdversarialObjective) -> AdversarialObjective:
+    """Looked up where it is played: a term holds the name, which can be pickled."""
+    return OBJECTIVES[named] if isinstance(named, str) else named
 
 
 @dataclass(frozen=True)
@@ -147,10 +132,8 @@ def _input_gradient(score: Score, x: Tensor) -> Tensor:
     """The gradient of each score with respect to its own row, itself differentiable."""
     if torch.compiler.is_compiling():  # pragma: no cover (the compiler reads it): torch.autograd.grad breaks the graph
         slope: Tensor = torch.func.grad(lambda rows: score(rows).sum())(x)
-        return slope
-    with (
-        torch.enable_grad()
-    ):  # torch.func.grad would refuse a discriminator that counts in a buffer, as batch norm does
+        return slope  # which in turn refuses batch norm, where nothing is compiled
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(score(x).sum(), x, create_graph=True)
     return slope
