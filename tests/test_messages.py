@@ -309,8 +309,9 @@ WRONG = {
             *(torch.int8, F8, "float16", np.array([1, 2]))
         ]
     },
+    "path": {"TypeError: `{name}` must be a str or os.PathLike; got {got}.": [3, b"x"]},
     "process_group": {
-        "TypeError: `{name}` must be None or a torch.distributed.ProcessGroup that this process is in (of a DeviceMesh: "
+        "TypeError: `{name}` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a DeviceMesh: "
         "`mesh.get_group('dp')`); got {got}.": ["dp", 3]
     },
     "targets": {
@@ -339,8 +340,8 @@ WRONG = {
         "TypeError: `{name}` must be an integer; got 1.5.": [(1.5,)],
     },
     "model": {
-        f"TypeError: `{{name}}` must be an nn.Module (an instance), not wrapped; got {kind}. Load a state_dict into a model first; "
-        "of a wrapper pass `model.module`.": [wrong]
+        f"TypeError: `{{name}}` must be an nn.Module (an instance), not wrapped; got {kind}. Load a state_dict into a model "
+        "first; of a wrapper pass `model.module`.": [wrong]
         for kind, wrong in (
             ("builtin_function_or_method", len),
             ("int", 3),
@@ -349,8 +350,8 @@ WRONG = {
         )
     },
     "dataset": {
-        f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got {kind}. "
-        "Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
+        f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
+        f"{kind}. Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
         for kind, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
     },
     "terms": {
@@ -485,7 +486,8 @@ def test_every_argument_of_every_entry_has_wrong_values():
         "copy",
         "paired",
         "keep",
-    }  # in torch's own words
+        "student",
+    }  # in torch's and Python's own words
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

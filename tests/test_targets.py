@@ -634,7 +634,7 @@ def test_a_store_without_memory_becomes_an_empty_one_and_loses_no_checkpoint():
     full.write(torch.arange(N), torch.full((N, C), 1 / C))
     for assign in (False, True):
         with pytest.raises(
-            RuntimeError, match=r"`rows` is on the meta device .* Call `.to_empty\(device=...\)` first."
+            RuntimeError, match=r"`rows` in the checkpoint is .* here it is .* without values \(meta\)"
         ):
             store.load_state_dict(full.state_dict(), assign=assign)
     store.to_empty(device="cpu")

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
+_SAME_SETTINGS = "Build this object with the settings it was saved with."
+
+
 class Carrier(nn.Module):
     """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
 
@@ -53,6 +56,9 @@ class Carrier(nn.Module):
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse, with ValueError or TypeError, what fits in type and shape but not in value."""
 
+    def _before_load(self) -> None:
+        """Say, to whom it concerns, that what is here is about to be overwritten."""
+
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         """Take what was saved, all of which fits."""
         for name, own in self._saved_tensors().items():
@@ -84,6 +90,7 @@ class Carrier(nn.Module):
             inner = {key.removeprefix(f"{name}."): x for key, x in saved.items() if key.startswith(f"{name}.")}
             module.load_state_dict(inner, strict=False)
         if saved.keys() >= self._saved_tensors().keys():  # a table without its flags would be silently wrong
+            self._before_load()
             self._fill(saved)
             self._after_load()
 
@@ -99,7 +106,7 @@ class Carrier(nn.Module):
         ]
         # Without these the rest would be taken for what it is not.
         foreign = [name for name in self._saved if getattr(self, name) is None and prefix + name in state_dict]
-        errors += [f"`{prefix}{name}` is in the checkpoint, and this object has none." for name in foreign]
+        errors += [f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}" for name in foreign]
         if not errors and saved.keys() >= tensors:
             try:
                 self._check_load({name: saved[name] for name in tensors})
@@ -118,7 +125,9 @@ def _kind(x: object) -> str:
 
 def _moved(value: Tensor, fn: Any) -> Tensor:
     """`value` on the device to which `fn` moves things, with its own dtype; without values on meta, zeros."""
-    device = fn(torch.empty(0, device=value.device)).device
+    probe = fn(torch.empty(0, device=value.device))
+    device = probe.device
     if device.type == "mps" and value.dtype == torch.float64:  # pragma: no cover (needs an Apple GPU)
         value = value.float()  # MPS knows no float64
-    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
+    moved = torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
+    return moved.share_memory_() if device.type == "cpu" and probe.is_shared() else moved

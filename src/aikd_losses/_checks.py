@@ -73,7 +73,12 @@ def divergence(value: object, beta: object) -> float:
 
 
 def temperature(value: object) -> float:
-    return number("temperature", value, 0.0, math.inf, open_low=True)
+    x = number("temperature", value, 0.0, math.inf, open_low=True)
+    if not 1e-18 <= x <= 1e18:
+        raise ValueError(
+            f"`temperature` must be between 1e-18 and 1e18, for float32 to hold its square; got {value!r}."
+        )
+    return x
 
 
 def num_classes(value: object) -> int:

@@ -3,68 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
+import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 PAGE = 4096  # the header's size and the columns' alignment
-MARK = PAGE - 16  # where in the header the mark is: the process that writes the file, as `_process` says it, or zeros
+MARK = PAGE - 16  # where in the header the mark is: the process that writes the file, as `_process` says it
 FORMAT = "aikd-losses targets 3"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 MACHINE = BOOT.read_text() if BOOT.exists() else str(uuid.getnode())
-Columns = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+WHOLE = 0, 0  # the mark of a file that nobody is writing
 
 
 class MappedFile:
     """The columns `name: (dtype, shape)` of the file `path`, as tensors that read and write it, and whether it is whole.
 
-    A file that is not there is created, filled with zeros. One that is there and has other `facts` or another size is
-    refused with `ValueError` and left as it is. From `begin` to `end` the file names the process that writes it (one,
-    where several do: ranks end together); who opens it when that process is gone finds it interrupted.
+    A file that is not there is created, filled with zeros, if `create`. One that is there and has other `facts` or another size
+    is refused with `ValueError` and left as it is. From `begin` to `end` the file names the process that writes it (one, where
+    several do: ranks end together); who opens it when that is no process of this machine any more finds it interrupted.
     """
 
-    def __init__(self, path: str, facts: dict[str, Any], columns: Columns) -> None:
-        header = json.dumps({"format": FORMAT, **facts}, default=str).encode().ljust(MARK)
+    def __init__(
+        self, path: str, facts: dict[str, Any], columns: dict[str, tuple[torch.dtype, tuple[int, ...]]], create: bool
+    ) -> None:
+        self.path = path
+        facts = {"format": FORMAT, **facts}
         offsets, size = {}, PAGE
         for name, (dtype, shape) in columns.items():
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
-        if not os.path.exists(path):
-            _create(path, header, size)
-        with open(path, "r+b") as file:
-            status, found = os.fstat(file.fileno()), file.read(MARK)
-            if (found, status.st_size) != (header, size):
-                raise ValueError(
-                    f"`path` must be a file of {size} bytes that begins with {header.strip()!r}; {path!r} has {status.st_size} "
-                    f"and begins with {found[:200].strip()!r}. Build the store with the file's settings, or pass another path."
-                )
-            memory = mmap.mmap(file.fileno(), size)
+        try:
+            if create and not os.path.exists(path):
+                _create(path, json.dumps(facts).encode().ljust(MARK), size)
+            with open(path, "r+b") as file:
+                _refuse_other(file, facts, size)
+                self.identity = _number(*os.fstat(file.fileno())[1:3])  # inode and device
+                memory = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            free = f", {shutil.disk_usage(os.path.dirname(path)).free} are free" if error.errno == errno.ENOSPC else ""
+            reason = f"`path` must be a file of {size} bytes to read and write: {error.strerror or error}{free}"
+            raise OSError(error.errno, reason, path) from error
         self.columns = {  # each with a storage of its own, which is what torch.save tells tensors apart by
             name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offsets[name]).view(shape)
             for name, (dtype, shape) in columns.items()
         }
-        self.identity = _number(status.st_ino, status.st_dev)
-        self._mark = torch.frombuffer(memory, dtype=torch.int64, count=2, offset=MARK)
-        pid, number = writer = self._mark.tolist()
-        lives = writer == _process(pid) and (number != 0 or pid == os.getpid())
-        self._left = writer if any(writer) and not lives else None
+        self._mark = memoryview(memory)[MARK:PAGE].cast("q")
+        pid, number = found = tuple(self._mark)
+        lives = found == _process(pid) and (number != 0 or pid == os.getpid())
+        self._left = None if found == WHOLE or lives else found
 
+    @property
     def interrupted(self) -> bool:
-        return self._mark.tolist() == self._left
+        return tuple(self._mark) == self._left
 
     def begin(self) -> None:
-        if not self._mark.any():
-            self._mark.copy_(torch.tensor(_process(os.getpid()), device="cpu"))
+        if tuple(self._mark) != WHOLE:
+            return
+        if not os.path.exists(self.path) or _number(*os.stat(self.path)[1:3]) != self.identity:
+            raise RuntimeError(
+                f"`path` {self.path!r} was deleted or replaced after this store had mapped it: what it holds is in no file any "
+                "more. Build the store anew, in every process."
+            )
+        self._mark[0], self._mark[1] = _process(os.getpid())
 
     def end(self) -> None:
-        self._mark.zero_()
+        self._mark[0], self._mark[1] = WHOLE
 
 
 def _create(path: str, header: bytes, size: int) -> None:
@@ -76,20 +88,45 @@ def _create(path: str, header: bytes, size: int) -> None:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # pragma: no branch (not on Windows)
                 os.posix_fallocate(file.fileno(), 0, size)  # a page of a mapping that finds no room kills the process
-        with contextlib.suppress(FileExistsError):  # another process was first
+        try:
             os.link(new, path)
+        except FileExistsError:  # another process was first
+            pass
+        except OSError:  # no hard links here: of two at once one is replaced, which `begin` refuses
+            os.rename(new, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(new)
 
 
-def _process(pid: int) -> list[int]:
+def _refuse_other(file: IO[bytes], wanted: dict[str, Any], size: int) -> None:
+    try:
+        found = json.loads(file.read(MARK))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"`path` must be a file of targets ({FORMAT}); {file.name!r} is not. Pass another path.")
+    differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if differing:
+        differences = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in differing)
+        raise ValueError(
+            f"`path` must hold the store that is asked for; {file.name!r} has {differences}. Build the store with the file's "
+            "settings, or pass another path."
+        )
+    if (found_size := os.fstat(file.fileno()).st_size) != size:
+        raise ValueError(
+            f"`path` must be a whole file of {size} bytes; {file.name!r} has {found_size}. Delete it and load the rows from a "
+            "checkpoint."
+        )
+
+
+def _process(pid: int) -> tuple[int, int]:
     """`pid` and a number of its process (pids are used again): 0 for one that is dead, or where none can be told (no /proc)."""
     try:
         state, *facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
-        return [pid, 0]
-    return [pid, 0 if state == b"Z" else _number(pid, facts[18])]  # when it began
+        return pid, 0
+    return pid, 0 if state == b"Z" else _number(pid, facts[18])  # when it began
 
 
 def _number(*facts: object) -> int:

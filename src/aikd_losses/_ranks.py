@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # what an exchange receives at a time
@@ -17,16 +16,26 @@ class Ranks:
     """The processes that train together: those of `process_group`, or of the default group once there is one."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            required = "`process_group` must be None or a torch.distributed.ProcessGroup that this process is in"
-            raise TypeError(f"{required} (of a DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}.")
+        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(
+                "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a "
+                f"DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}."
+            )
         self.group = process_group
 
     def active(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
+    def own(self) -> int:
+        return dist.get_rank(self.group)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a group is a connection, which a copy shares
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError("A loss with a `process_group` cannot be pickled: save its `state_dict()`.")
+        return Ranks, (None,)
 
     def _reachable(self, x: Tensor) -> Tensor:
         """`x` on a device that the group's backend can send from."""
@@ -44,8 +53,11 @@ class Ranks:
 
     def broadcast_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor overwritten with that of the group's first rank."""
+        first = dist.get_global_rank(self.group or dist.group.WORLD, 0)  # type: ignore[arg-type]  # initialised: never None
         for x in tensors:
-            x.detach().copy_(self.gather(x.detach()[None])[0][0])
+            sent = self._reachable(x.detach().clone())
+            dist.broadcast(sent, src=first, group=self.group)
+            x.detach().copy_(sent)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """`x`, of one shape on all, from every rank; sent as bytes, which every backend knows."""
@@ -59,14 +71,16 @@ class Ranks:
         return torch.cat(self.gather(torch.tensor([number], device=device))).tolist()
 
     def gather_rows(self, index: Tensor, tables: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """What all ranks hold in the rows `index` of their `tables`: the index, then the rows of each table; a chunk of
-        a rank at a time, in the same order on every rank. What is received at a time is bounded by `CHUNK_BYTES`."""
+        """What all ranks hold in the rows `index` of their `tables`: the index, then the rows of each table; a chunk of a rank
+        at a time, in the same order on every rank. What is received at a time is bounded by `CHUNK_BYTES`."""
         sizes = self.gather_number(len(index), index.device)
-        row_bytes = index.element_size() + sum(table[0].numel() * table.element_size() for table in tables)
+        row_bytes = 8 + sum(table[0].numel() * table.element_size() for table in tables)
         step = max(1, CHUNK_BYTES // (row_bytes * len(sizes)))
-        padded = F.pad(index, (0, max(sizes) - len(index)))
-        for start in range(0, len(padded), step):
-            at = padded[start : start + step]
-            columns = [self.gather(x) for x in (at, *(table.index_select(0, at) for table in tables))]
+        for start in range(0, max(sizes), step):
+            at = index[start : start + step]
+            padded = index.new_zeros(min(step, max(sizes) - start))
+            padded[: len(at)] = at
+            columns = [self.gather(x) for x in (padded, *(table.index_select(0, padded) for table in tables))]
             for rank, size in enumerate(sizes):
-                yield [column[rank][: max(size - start, 0)] for column in columns]
+                if size > start:
+                    yield [column[rank][: size - start] for column in columns]

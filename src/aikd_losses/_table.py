@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import _checks
 from ._carrier import Carrier
-from ._file import Columns, MappedFile
+from ._file import MappedFile
 from ._ranks import Ranks
 
 
@@ -23,9 +24,10 @@ class Table(Carrier):
     _carried: ClassVar[tuple[str, ...]] = ("rows", "classes", "known", "_last_write")
     _saved = ("rows", "classes", "known")
     rows: Tensor  # (num_samples, num_classes or top_k) in the storage type
-    classes: Tensor | None = None  # (num_samples, top_k): which classes those are
+    classes: Tensor | None  # (num_samples, top_k): which classes those are
     known: Tensor  # (num_samples,): was the row ever written
-    _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, 0 for none
+    _last_write: Tensor  # (num_samples,): the number of the newest write since advance_epoch, -1 for none
+    _file: MappedFile | None
 
     def __init__(
         self,
@@ -46,29 +48,40 @@ class Table(Carrier):
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
-        if path is not None and device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {device}.")
-        self.path = None if path is None else os.path.abspath(path)
+        if path is not None and not (isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)):
+            raise TypeError(f"`path` must be a str or os.PathLike; got {path!r}.")
+        self.path = None if path is None else os.path.abspath(os.fspath(path))
         self.pinned = device is not None or path is not None
-        facts = {name: getattr(self, name) for name in ("num_samples", "num_classes", "dtype", "top_k")}
-        columns: Columns = {"rows": (dtype, (self.num_samples, self.top_k or self.num_classes))}
+        home = torch.get_default_device() if device is None else torch.device(device)
+        if path is not None and device is not None and home.type != "cpu":
+            raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
+        self._allocate(home, create=True)
+        self._last_write = torch.full((self.num_samples,), -1, dtype=torch.int64, device=self.known.device)
+        self._num_written = 0
+
+    def _allocate(self, device: torch.device, create: bool) -> None:
+        n, width = self.num_samples, self.top_k or self.num_classes
+        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (self.dtype, (n, width))}
         if self.top_k is not None:
-            fitting = [d for d in (torch.uint8, torch.int16, torch.int32) if self.num_classes - 1 <= torch.iinfo(d).max]
-            columns["classes"] = (fitting[0], (self.num_samples, self.top_k))
-        columns["known"] = (torch.bool, (self.num_samples,))
-        self._file = None if self.path is None else MappedFile(self.path, facts, columns)
-        for name, (kind, shape) in columns.items():
-            zeros = torch.zeros(shape, dtype=kind, device=device) if self._file is None else self._file.columns[name]
-            setattr(self, name, zeros)
-        self._last_write = torch.zeros(self.num_samples, dtype=torch.int64, device=self.known.device)
-        self._next_write = 1
+            small = [d for d in (torch.uint8, torch.int16, torch.int32) if self.num_classes - 1 <= torch.iinfo(d).max]
+            columns["classes"] = (small[0], (n, width))
+        columns["known"] = (torch.bool, (n,))
+        if self.path is None:
+            self._file = None
+            table = {name: torch.zeros(shape, dtype=d, device=device) for name, (d, shape) in columns.items()}
+        else:
+            facts = {"num_samples": n, "num_classes": self.num_classes, "dtype": str(self.dtype), "top_k": self.top_k}
+            self._file = MappedFile(self.path, facts, columns, create)
+            table = self._file.columns
+        self.rows, self.classes, self.known = table["rows"], table.get("classes"), table["known"]
 
     def check_whole(self) -> None:
         """RuntimeError where the file was left by a process that ended while it wrote."""
-        if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted():
+        if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
             raise RuntimeError(
-                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`. Load a "
-                "checkpoint of the store (`load_state_dict`), or delete the file to start without history."
+                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows of two "
+                "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file "
+                "to start without history."
             )
 
     @torch.no_grad()
@@ -79,11 +92,13 @@ class Table(Carrier):
         self.check_whole()
         at = index.to(self.known.device)
         probs, known = self.rows.index_select(0, at).float(), self.known.index_select(0, at)
-        if self.classes is not None:  # what is missing to 1 is spread evenly over the other classes
-            total = probs.sum(-1, keepdim=True)
-            rest = (1 - total).clamp_min(0) / max(self.num_classes - probs.shape[-1], 1) * rearrange(known, "n -> n 1")
-            kept, classes = probs / total.clamp_min(1), self.classes.index_select(0, at).long()
-            probs = rest.expand(-1, self.num_classes).scatter(-1, classes, kept)
+        if self.classes is not None:
+            # The kept probabilities, and what is missing to 1 spread evenly over the other classes.
+            total = rearrange(probs.sum(-1), "n -> n 1")
+            others = self.num_classes - probs.shape[-1]
+            kept = probs / total.clamp_min(1.0 if others else torch.finfo(torch.float32).tiny)
+            rest = (1.0 - total).clamp_min(0.0) / max(others, 1) * rearrange(known, "n -> n 1")
+            probs = rest.expand(-1, self.num_classes).scatter(-1, self.classes.index_select(0, at).long(), kept)
         return probs.to(index.device), known.to(index.device)
 
     @torch.no_grad()
@@ -102,64 +117,76 @@ class Table(Carrier):
         at, probs = index.to(home), probs.to(home)
         # Rows are written in any order, also by the threads of a CPU. So writes are numbered, and the highest number wins:
         # equal ids need no order and dropped rows no branch.
-        order = torch.arange(self._next_write, self._next_write + len(at), device=home)
+        order = torch.arange(self._num_written, self._num_written + len(at), device=home)
         if keep is not None:
             dropped = ~keep.to(home)  # whose ids may be none
-            at, order = at.masked_fill(dropped, 0), order.masked_fill(dropped, 0)
+            at, order = at.masked_fill(dropped, 0), order.masked_fill(dropped, -1)
         self._last_write.scatter_reduce_(0, at, order, "amax")
-        winner = self._last_write.index_select(0, at) - self._next_write
-        self._next_write += len(at)
+        winner = self._last_write.index_select(0, at) - self._num_written
+        self._num_written += len(at)
         written = winner >= 0
-        new = {"known": written, "rows": self._encode(probs.index_select(0, winner.clamp_min(0)), at)}
-        if self.top_k is not None:
-            new["rows"], new["classes"] = new["rows"].topk(self.top_k, dim=-1)
-        for name, column in self._saved_tensors().items():
+        row = self._encode(probs.index_select(0, winner.clamp_min(0)), at)
+        values = [row, written] if self.top_k is None else [*row.topk(self.top_k, dim=-1), written]
+        for column, value in zip(self._columns(), values, strict=True):
             wins = written if column.ndim == 1 else rearrange(written, "n -> n 1")
-            column.index_copy_(0, at, torch.where(wins, new[name].to(column.dtype), column.index_select(0, at)))
+            column.index_copy_(0, at, torch.where(wins, value.to(column.dtype), column.index_select(0, at)))
 
     def _encode(self, new: Tensor, at: Tensor) -> Tensor:
         """What is stored for the probabilities `new` of the ids `at`."""
         return new
+
+    def _columns(self) -> list[Tensor]:
+        return [self.rows, self.known] if self.classes is None else [self.rows, self.classes, self.known]
 
     def advance_epoch(self) -> None:
         """End the epoch: under `torch.distributed`, give every rank what the others wrote in it."""
         self.check_whole()
         if self._ranks.active():
             self._exchange()
-        self._after_load()
+        elif self._file is not None:
+            self._file.end()
+        self._forget_writes()
 
     def _exchange(self) -> None:
         """Of ranks that map one file the first one writes it, and no rank goes on before that is done: a row that came
         late would overwrite one of the next epoch."""
-        columns, own = list(self._saved_tensors().values()), 0 if self._file is None else self._file.identity
+        own = 0 if self._file is None else self._file.identity
         files = self._ranks.gather_number(own, self.known.device)
+        writes = self._file is None or files.index(own) == self._ranks.own()
         if self._file is None or len(set(files)) > 1:
-            writes = self._file is None or files.index(own) == dist.get_rank(self._ranks.group)
-            fresh = self._last_write.nonzero().squeeze(-1)
-            for index, *values in self._ranks.gather_rows(fresh, columns):
-                for column, value in zip(columns, values, strict=True):
+            fresh = (self._last_write >= 0).nonzero().squeeze(-1)
+            for index, *values in self._ranks.gather_rows(fresh, self._columns()):
+                for column, value in zip(self._columns(), values, strict=True):
                     if writes:
                         column.index_copy_(0, index, value)
+        if self._file is not None and writes:
+            self._file.end()
         if any(files):  # somebody has a file
             self._ranks.gather_number(0, self.known.device)
 
+    def _forget_writes(self) -> None:
+        self._last_write.fill_(-1)
+        self._num_written = 0
+
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        if self.classes is not None and not int(saved["classes"].max()) < self.num_classes:
+        classes = saved.get("classes")
+        if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
             raise ValueError(f"`classes` in the checkpoint must be in 0..{self.num_classes - 1}.")
-        rows, known = saved["rows"], saved["known"]
-        sums = torch.cat(
-            [part.sum(-1, dtype=torch.float32) for part in rows.split(1024)]
-        )  # which copies a part at a time
-        # Averages in float16 may be far from 1, and of many classes the `top_k` have little.
-        if not (rows.min() >= 0 and (sums <= 1.5).all() and torch.equal(sums > 0, known)):
-            raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1) where `known`.")
+        parts = saved["rows"].split(1024)  # a sum in float32 makes a copy
+        sums = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
+        least = 0.5 * self.rows.shape[1] / self.num_classes * saved["known"]  # averages in float16 may be that far off
+        sound = (sums <= 1.5) & (sums >= least)
+        if not (sound.all() and saved["rows"].min() >= 0):
+            raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1, nothing NaN).")
+
+    def _before_load(self) -> None:
+        if self._file is not None:
+            self._file.begin()
 
     def _after_load(self) -> None:
-        """What is here is whole, and the same on every rank."""
         if self._file is not None:
             self._file.end()
-        self._last_write.zero_()
-        self._next_write = 1
+        self._forget_writes()  # what is loaded here is loaded on every rank
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)
@@ -169,9 +196,20 @@ class Table(Carrier):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is a store in memory: two objects that write one file would not be copies."""
+        mapped = () if self.path is None else ("rows", "classes", "known", "_file")
+        return {key: value for key, value in self.__dict__.items() if key not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.path is not None:  # pickled by reference to the file
+            self._allocate(torch.device("cpu"), create=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of its own, in memory: two objects that write one file would not be copies."""
         self.check_whole()
-        return {**self.__dict__, "path": None, "_file": None}
+        clone = memo[id(self)] = self.__class__.__new__(self.__class__)
+        clone.__dict__.update(copy.deepcopy({**self.__dict__, "path": None, "_file": None}, memo))
+        return clone
 
     def extra_repr(self) -> str:
         size = f"num_samples={self.num_samples}, num_classes={self.num_classes}, dtype={self.dtype}"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
+from ._owned import FUSED
 from .adversarial import AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
@@ -18,9 +19,6 @@ from .progressive import ProgressiveKD
 from .schedules import LinearRamp, Schedule
 from .stack import LossStack
 from .targets import CachedTargets, TargetStore
-
-FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch's optimizers have a fused step
-
 
 class AIKDLoss(LossStack):
     r"""AI-KD: cross-entropy with the deterministic, the progressive and the adversarial term.

@@ -24,12 +24,15 @@ class TargetStore(Protocol):
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """For ids `(N,)`: probabilities `(N, C)` in float32, and a bool `(N,)`, whether the row was ever written."""
+        ...
 
     def write(self, index: Tensor, probs: Tensor) -> None:
         """Remember `probs` `(N, C)` for the ids `index` `(N,)`; of equal ids the last one wins."""
+        ...
 
     def advance_epoch(self) -> None:
         """An epoch has ended: exchange rows with the other ranks, say."""
+        ...
 
 
 class CachedTargets(Table):
@@ -39,20 +42,21 @@ class CachedTargets(Table):
         num_samples: size of the training set; ids are `0 <= index < num_samples`.
         num_classes: C, at least 2.
         dtype: storage type: `torch.float16` (default), `bfloat16`, `float32` or `float64`. `read` gives float32.
-        device: where the rows stay, whatever `to()` says (on the CPU, a copy a step for training on a GPU). None
-            (default): the current default device, and they follow the loss's `to()`.
+        device: where the rows live. None (default): the current default device, and they follow the loss's `to()`.
+            Given: there, whatever `to()` says (a CPU store for GPU training costs a copy each step).
         top_k: keep only the k largest probabilities of a row (1 <= k <= C) and spread the mass that is left evenly
             over the other classes, so that a row still sums to 1. Bytes a sample: k * (2 + index) instead of 2 * C.
-        path: a file that holds the rows, mapped into memory: created, or reopened with what it holds. Always on the
-            CPU; the processes of one machine share it.
+        path: keep the rows in this file, mapped into memory: created where there is none, reopened with what it holds
+            where there is. Always on the CPU; the processes of one machine share it.
         process_group: the ranks that train on different samples (default: all, once there is a group).
 
     State: `rows`, `known` (and `classes` with `top_k`), in `state_dict()` though neither parameters nor buffers;
-    written by `write`, exchanged between ranks by `advance_epoch`. A copy of a store in a file is a store in memory.
+    written by `write`, exchanged between ranks by `advance_epoch`. A file whose process ended (killed or not) between the
+    first `write` and `advance_epoch` is noticed when it is opened: all but loading a checkpoint is then a `RuntimeError`. A
+    deep copy of a store in a file is a store in memory; a pickle refers to the file, which must be there.
 
     Raises: `ValueError`, `TypeError`, `IndexError` for arguments out of range, on construction and in every method;
-    nothing is changed then. `OSError` for a file that the system refuses. `RuntimeError`, from all but loading a
-    checkpoint, for a file whose process ended (killed or not) between a `write` and `advance_epoch`.
+    nothing is changed then. `OSError` for a file that the system refuses, or that the disk has no room for.
 
     >>> store = CachedTargets(num_samples=4, num_classes=3)
     >>> store.write(torch.tensor([2]), torch.tensor([[0.5, 0.25, 0.25]]))
@@ -106,9 +110,10 @@ class EMATargets(Table):
         self.decay = decay
 
     def _encode(self, new: Tensor, at: Tensor) -> Tensor:
-        row = self.rows.index_select(0, at).to(torch.promote_types(self.dtype, torch.float32))
+        precision = torch.promote_types(self.dtype, torch.float32)
+        new, rows = new.to(precision), self.rows.index_select(0, at).to(precision)
         known = rearrange(self.known.index_select(0, at), "n -> n 1")
-        return torch.where(known, self.decay * row + (1 - self.decay) * new, new)
+        return torch.where(known, self.decay * rows + (1 - self.decay) * new, new)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}"
