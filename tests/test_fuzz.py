@@ -212,19 +212,12 @@ CALLS = {  # name: the world -> (a function, arguments that are not those of the
         dict(model=None, target=w.given["probs"], teacher_logits=...),
     ),
     "LinearRamp()": lambda w: (LinearRamp(0.5, 3), {}),
-    **{
-        f"{type(x).__name__}.load_state_dict {len(x.state_dict())}": lambda w, x=x: (
-            (lambda **state: w.keep(copy.deepcopy(x)).load_state_dict(state)),
-            dict.fromkeys(w.step, ...) | x.state_dict(),
-        )
-        for x in (CachedTargets(N, C, top_k=2), EMATargets(N, C), progressive(), adversarial())
-    },
 }
 OWN = (ValueError, TypeError, IndexError, RuntimeError)
 SENTENCE = re.compile(
     r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
     # torch's and Python's own, which say what is wrong
-    r"|[Dd]evice|meta tensor|not implemented for|not a mapping"
+    r"|[Dd]evice|meta tensor|not implemented for"
 )
 
 
@@ -283,7 +276,7 @@ def test_a_strange_argument_gives_the_right_answer_or_a_sentence_and_an_error_ch
     fitting = world.fitting(function, other)
     arguments, equal = data.draw(changed(fitting), label="arguments")
     kept = {n: x.detach().clone() if isinstance(x, Tensor) and not x.is_nested else x for n, x in arguments.items()}
-    pure = not re.search("update|write|advance|load", call)
+    pure = not re.search("update|write|advance", call)
     torch.default_generator.manual_seed(0)
     expected = list(tensors_in(function(**fitting))) if pure and equal else []
     before = world.state()
@@ -296,10 +289,9 @@ def test_a_strange_argument_gives_the_right_answer_or_a_sentence_and_an_error_ch
     for found, right in zip(tensors_in(result), expected, strict=False):
         assert_close(found.detach().as_subclass(Tensor), right.detach())
     if error is not None:
-        assert SENTENCE.search(str(error)), f"not ours: {error!r}"
-        # A module's load_state_dict goes on with the next part, torch's way: what a store does is in test_messages.py.
-        if "load_state_dict" not in call:
-            assert all(same(value, before[name]) for name, value in world.state().items())
+        # What is said of settings is in test_messages.py, or left to Python.
+        assert inspect.isclass(function) or SENTENCE.search(str(error)), f"not ours: {error!r}"
+        assert all(same(value, before[name]) for name, value in world.state().items())
     elif all(map(finite, arguments.values())):
         assert all(x.is_meta or not torch.isnan(x).any() for x in tensors_in(result))
     assert not any(x.requires_grad for y in world.objects for x in tensors_in(dict(y.state_dict())))

@@ -111,7 +111,7 @@ def test_an_adversarial_loss_shows_its_parts_without_addresses():
         discriminator, objective=objective, penalty=halving, optimizer=adam, class_dim=-1
     )
     assert loss.extra_repr().splitlines() == [
-        "objective='custom', inputs='probs', temperature=1.0, reduction='mean', class_dim=-1",
+        "objective=AdversarialObjective, inputs='probs', temperature=1.0, reduction='mean', class_dim=-1",
         "discriminator=Sequential()",
         "penalty=falling, optimizer=SGD",
     ]
