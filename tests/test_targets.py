@@ -633,9 +633,7 @@ def test_a_store_without_memory_becomes_an_empty_one_and_loses_no_checkpoint():
     full = CachedTargets(N, C)
     full.write(torch.arange(N), torch.full((N, C), 1 / C))
     for assign in (False, True):
-        with pytest.raises(
-            RuntimeError, match=r"`rows` in the checkpoint is .* here it is .* without values \(meta\)"
-        ):
+        with pytest.raises(RuntimeError, match=r"`rows` in the checkpoint is .* here it is .* without values \(meta\)"):
             store.load_state_dict(full.state_dict(), assign=assign)
     store.to_empty(device="cpu")
     assert not store.read(torch.arange(N))[1].any()

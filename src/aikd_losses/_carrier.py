@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-
 _SAME_SETTINGS = "Build this object with the settings it was saved with."
 
 
@@ -106,7 +105,9 @@ class Carrier(nn.Module):
         ]
         # Without these the rest would be taken for what it is not.
         foreign = [name for name in self._saved if getattr(self, name) is None and prefix + name in state_dict]
-        errors += [f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}" for name in foreign]
+        errors += [
+            f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}" for name in foreign
+        ]
         if not errors and saved.keys() >= tensors:
             try:
                 self._check_load({name: saved[name] for name in tensors})

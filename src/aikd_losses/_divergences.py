@@ -80,7 +80,7 @@ def kl_with_gradient(s: Tensor, t: Tensor, *, temperature: float, scale: float) 
     d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
     value = torch.addcmul(difference, p, d, out=d).sum(-1)
     # A CPU sees for free whether that was enough in every row; to look at what a GPU has would make it wait.
-    if not (s.is_cpu and len(value) and NEAR < float(value.min()) and float(value.max()) < math.inf):
+    if not (s.is_cpu and len(value) and float(value.min()) > NEAR and float(value.max()) < math.inf):
         log_p, log_q, d = logs(s, t, temperature)
         p, q = log_p.exp(), log_q.exp()
         value, difference = _kl(log_p, q, d), torch.where(d.abs() < 1, p * torch.expm1(d), q - p)

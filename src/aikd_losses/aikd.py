@@ -20,6 +20,7 @@ from .schedules import LinearRamp, Schedule
 from .stack import LossStack
 from .targets import CachedTargets, TargetStore
 
+
 class AIKDLoss(LossStack):
     r"""AI-KD: cross-entropy with the deterministic, the progressive and the adversarial term.
 
