@@ -274,6 +274,7 @@ WRONG = {
         **TENSOR,
         "TypeError: `{name}` must be a torch.Tensor; got int.": [0],
         "ValueError: `{name}` must have a row a position, shape (4,) and any further axes; got (1,).": [FIRST],
+        DEVICE: [META],
     },
     "probs": {
         **TENSOR,
@@ -327,7 +328,7 @@ WRONG = {
     "optimizer": {
         "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got str.": ["adam"],
         "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got SimpleNamespace.": [
-            SimpleNamespace(optimizer=SGD)
+            *(SimpleNamespace(optimizer=SGD), SimpleNamespace(_optimizer=SGD))
         ],
         f"{HELD} 0 of them and 1 others are in it. {BUILD_IT}": [SGD],
     },
@@ -338,18 +339,19 @@ WRONG = {
         "TypeError: `{name}` must be an integer; got 1.5.": [(1.5,)],
     },
     "model": {
-        f"TypeError: `{{name}}` must be an nn.Module (an instance), not wrapped; got {what}. Load a state_dict into a model "
-        "first; of a wrapper pass `model.module`.": [wrong]
-        for what, wrong in (
+        f"TypeError: `{{name}}` must be an nn.Module (an instance), not wrapped; got {kind}. Load a state_dict into a model first; "
+        "of a wrapper pass `model.module`.": [wrong]
+        for kind, wrong in (
+            ("builtin_function_or_method", len),
             ("int", 3),
-            ("OrderedDict", Of(nn.Module.state_dict)),
+            ("OrderedDict", Of(lambda model: model.state_dict())),
             ("DataParallel", Of(nn.DataParallel)),
         )
     },
     "dataset": {
-        f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
-        f"{what}. Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
-        for what, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
+        f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got {kind}. "
+        "Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
+        for kind, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
     },
     "terms": {
         "TypeError: `{name}` must be a mapping {name: module} with at least one term; got {got}.": [{}, [1.0]],
@@ -380,7 +382,7 @@ WRONG_OF = {  # where an argument of one entry is not what it is of others
     ("functional.linear_deterministic_kd", "reduction"): {
         "ValueError: `{name}` must be one of 'mean', 'sum'; got {got}.": ["batchmean", "none", None]
     },
-    ("AdversarialObjective", "discriminator"): {},
+    ("AdversarialObjective", "discriminator"): {},  # a function of scores
     ("LossStack", "weights"): {
         **MAPPING,
         "ValueError: `weights` must name terms, kd; got 'KD'.": [{"KD": 1.0}],
@@ -476,8 +478,14 @@ def test_every_argument_of_every_entry_has_wrong_values():
     world = World()
     taken = {(entry, name) for entry in ENTRIES for name in arguments(entry, world)}
     without = {name for entry, name in taken if (entry, name) not in WRONG_OF} - set(WRONG)
-    in_words_of_torch = {"device", "path", "penalty", "learning_rate", "copy", "paired", "student", "keep"}
-    assert without == OF_LINEAR | in_words_of_torch
+    assert without == OF_LINEAR | {
+        "device",
+        "penalty",
+        "learning_rate",
+        "copy",
+        "paired",
+        "keep",
+    }  # in torch's own words
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -669,19 +677,16 @@ def test_what_a_mask_hides_is_not_judged():
     torch.testing.assert_close(rows, (2 * world.s[kept]).softmax(-1), atol=1e-3, rtol=0)
 
 
-HERE = "here it is torch.…. Build this object with the settings it was saved with."
+LAYOUT = "in the checkpoint is … and torch.sparse_coo; here it is …"
 SAVED = ("terms.own.targets.rows", "terms.own.targets.known", "terms.own.epoch", "epoch")
 
 
 @pytest.mark.parametrize(
     ("key", "wrong", "sentence"),
     [
-        *((key, Of(lambda x: [x]), f"`{key}` in the checkpoint is list; {HERE}") for key in SAVED),
-        *((key, META, f"`{key}` in the checkpoint is … without values (meta); {HERE}") for key in SAVED),
-        *(
-            (key, Of(lambda x: x.to_sparse()), f"`{key}` in the checkpoint is … and torch.sparse_coo; {HERE}")
-            for key in SAVED
-        ),
+        *((key, Of(lambda x: [x]), "`{key}` in the checkpoint is list; here it is …") for key in SAVED),
+        *((key, META, "`{key}` in the checkpoint is … without values (meta); here it is …") for key in SAVED),
+        *((key, Of(lambda x: x.to_sparse()), f"`{key}` {LAYOUT}") for key in SAVED),
         (
             "terms.own.targets.classes",
             Of(lambda x: x + C),
@@ -698,5 +703,5 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_changes_nothing(key, 
     saved = {name: x.clone() for name, x in stack.state_dict().items()}
     saved[key] = wrong.right(saved[key])
     stack.update(student_logits=torch.randn(N, C), index=torch.arange(N))
-    said = f"RuntimeError: Error(s) in loading state_dict for LossStack:\n\t{sentence}"
+    said = f"RuntimeError: Error(s) in loading state_dict for LossStack:\n\t{sentence.format(key=key)}"
     refused(lambda: stack.load_state_dict(saved), [stack], said)

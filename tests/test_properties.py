@@ -178,7 +178,8 @@ def test_a_top_k_row_keeps_the_largest_and_sums_to_one(x, k, dtype):
     store = CachedTargets(n, c, top_k=k, dtype=dtype)
     store.write(torch.arange(n), probs)
     read, _ = store.read(torch.arange(n))
-    assert_close(read.sum(-1), torch.ones(n), rtol=0, atol=1e-6)
+    rounded = 1e-3 if k == c and dtype == torch.float16 else 1e-6  # a row that is kept whole is as its type rounds it
+    assert_close(read.sum(-1), torch.ones(n), rtol=0, atol=rounded)
     assert (read >= 0).all()
     if k < c and dtype == torch.float32 and all(len(set(row)) == c for row in probs.tolist()):
         expected = torch.tensor([reference.top_k_row(row, k) for row in probs.tolist()], dtype=torch.float64)

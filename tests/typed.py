@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     store: al.TargetStore = al.CachedTargets(4, 3, top_k=2)
 
     discriminator = al.MLPDiscriminator(3)
-    assert_type(discriminator(s), Tensor)
     adam = torch.optim.Adam(discriminator.parameters())
     adversarial = al.AdversarialDistributionLoss(discriminator, objective="hinge", optimizer=adam)
     assert_type(adversarial(s, t, condition=y), Tensor)

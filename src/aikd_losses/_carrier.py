@@ -97,6 +97,9 @@ class Carrier(nn.Module):
             for name, x in saved.items()
             if _kind(x) != _kind(own[name])
         ]
+        # Without these the rest would be taken for what it is not.
+        foreign = [name for name in self._saved if getattr(self, name) is None and prefix + name in state_dict]
+        errors += [f"`{prefix}{name}` is in the checkpoint, and this object has none." for name in foreign]
         if not errors and saved.keys() >= tensors:
             try:
                 self._check_load({name: saved[name] for name in tensors})

@@ -224,7 +224,7 @@ def share(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Ten
         return like.new_full((), number(name, value, 0.0, 1.0))
     x = floating(name, value)
     if tuple(x.shape) not in ((), shape):
-        raise ValueError(f"`{name}` must be a number or have the shape {shape}; got {tuple(x.shape)}.")
+        raise ValueError(f"`{name}` must be a number or have the shape {tuple(shape)}; got {tuple(x.shape)}.")
     if values_are_free(x) and x.numel():
         low, high = map(float, x.detach().aminmax())
         if not 0 <= low <= high <= 1:

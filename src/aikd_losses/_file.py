@@ -56,7 +56,6 @@ class MappedFile:
         lives = writer == _process(pid) and (number != 0 or pid == os.getpid())
         self._left = writer if any(writer) and not lives else None
 
-    @property
     def interrupted(self) -> bool:
         return self._mark.tolist() == self._left
 

@@ -80,8 +80,8 @@ class Owner(Carrier):
         found: dict[str, Tensor] = {}
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
-            kept = {key: x.detach() for key, x in (state or twin.state[p]).items() if isinstance(x, Tensor)}
-            kept["started"] = torch.tensor(bool(state), device="cpu")
+            kept = {"started": torch.tensor(bool(state), device="cpu"), **(state or twin.state[p])}
+            kept = {key: x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
             found |= {f"optimizer.state.{name}.{key}": x for key, x in kept.items()}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):

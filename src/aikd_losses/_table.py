@@ -53,9 +53,8 @@ class Table(Carrier):
         facts = {name: getattr(self, name) for name in ("num_samples", "num_classes", "dtype", "top_k")}
         columns: Columns = {"rows": (dtype, (self.num_samples, self.top_k or self.num_classes))}
         if self.top_k is not None:
-            integers = (torch.uint8, torch.int16, torch.int32)
-            smallest = next(d for d in integers if self.num_classes - 1 <= torch.iinfo(d).max)
-            columns["classes"] = (smallest, (self.num_samples, self.top_k))
+            fitting = [d for d in (torch.uint8, torch.int16, torch.int32) if self.num_classes - 1 <= torch.iinfo(d).max]
+            columns["classes"] = (fitting[0], (self.num_samples, self.top_k))
         columns["known"] = (torch.bool, (self.num_samples,))
         self._file = None if self.path is None else MappedFile(self.path, facts, columns)
         for name, (kind, shape) in columns.items():
@@ -66,7 +65,7 @@ class Table(Carrier):
 
     def check_whole(self) -> None:
         """RuntimeError where the file was left by a process that ended while it wrote."""
-        if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
+        if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted():
             raise RuntimeError(
                 f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`. Load a "
                 "checkpoint of the store (`load_state_dict`), or delete the file to start without history."

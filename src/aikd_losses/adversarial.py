@@ -239,7 +239,8 @@ class AdversarialDistributionLoss(Owner):
         if condition is None:
             return axis, ()
         shape = _checks.positions(s, axis)
-        if _checks.tensor("condition", condition).shape[: len(shape)] != shape:
+        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", s)
+        if condition.shape[: len(shape)] != shape:
             raise ValueError(
                 f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(condition.shape)}."
             )

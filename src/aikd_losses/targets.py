@@ -24,15 +24,12 @@ class TargetStore(Protocol):
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """For ids `(N,)`: probabilities `(N, C)` in float32, and a bool `(N,)`, whether the row was ever written."""
-        ...
 
     def write(self, index: Tensor, probs: Tensor) -> None:
         """Remember `probs` `(N, C)` for the ids `index` `(N,)`; of equal ids the last one wins."""
-        ...
 
     def advance_epoch(self) -> None:
         """An epoch has ended: exchange rows with the other ranks, say."""
-        ...
 
 
 class CachedTargets(Table):
