@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_450, 2_260  # of all files; on the way to 2,900 and 1,900
+LINES, CODE = 3_430, 2_270  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -23,7 +23,7 @@ BUDGETS = {
     "_owned.py": 145,
     "_ranks.py": 86,
     "_table.py": 217,
-    "adversarial.py": 259,
+    "adversarial.py": 260,
     "aikd.py": 128,
     "data.py": 54,
     "deterministic.py": 93,
@@ -32,7 +32,7 @@ BUDGETS = {
     "linear.py": 114,
     "objectives.py": 139,
     "progressive.py": 259,
-    "schedules.py": 67,
+    "schedules.py": 75,
     "setup_check.py": 255,
     "setup_report.py": 127,
     "stack.py": 189,

@@ -231,15 +231,16 @@ class AdversarialDistributionLoss(Owner):
         return values.unflatten(0, shape), (of_teacher - of_student).unflatten(0, shape)
 
     def _check(
-        self, s: Tensor, t: Tensor, *, mask: Tensor | None = None, condition: Tensor | None = None
+        self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, condition: Any = None
     ) -> tuple[int, Condition]:
         """The class axis; and the condition, a row a position, without what a mask hides."""
-        axis = functional.check_teacher(s, t, mask, self.class_dim)
-        _checks.same_device("discriminator", next(self.discriminator.parameters(), s), "student_logits", s)
+        axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
+        home = next(self.discriminator.parameters(), student_logits)
+        _checks.same_device("discriminator", home, "student_logits", student_logits)
         if condition is None:
             return axis, ()
-        shape = _checks.positions(s, axis)
-        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", s)
+        shape = _checks.positions(student_logits, axis)
+        _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", student_logits)
         if condition.shape[: len(shape)] != shape:
             raise ValueError(
                 f"`condition` must have a row a position, shape {shape} and any further axes; got {tuple(condition.shape)}."
