@@ -166,7 +166,7 @@ FINDINGS = [
     (lambda w: w.report(without=["teacher_logits"]),
      """ERROR deterministic: its call fails: Term 'deterministic' needs `teacher_logits`; got student_logits, target..."""),
     (lambda w: w.report(label=w.y),
-     """ERROR criterion: its call fails: No term uses `label`; the terms progressive, deterministic, adversarial use .*"""),
+     """ERROR criterion: its call fails: No term uses `label`; the terms progressive, deterministic, adversarial use..."""),
     (lambda w: w.of_term(DeterministicKD(reduction="none")),
      """ERROR criterion: its call fails: Term 'term' must give a scalar tensor..."""),
     (lambda w: w.of_term(Own(lambda s: {}["key"])), "ERROR term: its call fails: 'key'"),
@@ -174,7 +174,7 @@ FINDINGS = [
     (lambda w: in_eval_mode(w, w.criterion),
      """WARNING progressive: its `update` would fail: `update` must not be called in eval mode..."""),
     (lambda w: w.report(AdversarialDistributionLoss(MLPDiscriminator(C)), without=["target", "index"]),
-     """WARNING AdversarialDistributionLoss: its `update` would fail: `update` needs an `optimizer`..."""),
+     """WARNING AdversarialDistributionLoss: its `update` would fail: `update` needs a discriminator that can be trained and its `optimizer`..."""),
     (lambda w: w.report(teacher_logits=w.t, student_logits=changed_row(w.s, (slice(None), 1), -math.inf)),
      """ERROR deterministic: its value or its gradient is not finite. Look for NaN and inf in the logits, and for a class at
      -inf on one side only."""),

@@ -60,13 +60,13 @@ def pool(source: str, folder: Path | None = None) -> tuple[Tensor, Tensor, Tenso
 def images(source: str, folder: Path | None) -> tuple[Tensor, ...]:
     """The embedded images, or a folder of IDX files; with the mean and deviation of the training images at 0 and 1."""
     sys.path.append(str(EXAMPLES))
-    from cifar_train import MINI, load_idx  # all that the study takes from the examples
+    from _data import MINI, read_idx  # all that the study takes from the examples
 
     if source == "fashion-mnist-mini":
         folder = MINI
     if folder is None:
         raise SystemExit(f"accuracy.py: for {source} pass --data-dir, the folder of its four IDX files.")
-    x, y, test_x, test_y = load_idx(folder)
+    x, y, test_x, test_y = read_idx(folder)
     pixels = x.float()
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True)
     return (pixels - mean) / std, y, (test_x.float() - mean) / std, test_y

@@ -42,6 +42,7 @@ def linear_deterministic_kd(
     gradients of the student's three tensors are made with the value, in blocks of positions; under `torch.compile` and
     `torch.func`, and to be differentiated once more, the logits are made whole.
 
+    >>> from aikd_losses.functional import deterministic_kd
     >>> h, w, other = torch.randn(6, 4), torch.randn(10, 4), torch.randn(10, 4)
     >>> value = linear_deterministic_kd(h, w, h, other)
     >>> torch.testing.assert_close(value, deterministic_kd(h @ w.T, h @ other.T))
