@@ -174,7 +174,7 @@ FINDINGS = [
     (lambda w: in_eval_mode(w, w.criterion),
      """WARNING progressive: its `update` would fail: `update` must not be called in eval mode..."""),
     (lambda w: w.report(AdversarialDistributionLoss(MLPDiscriminator(C)), without=["target", "index"]),
-     """WARNING AdversarialDistributionLoss: its `update` would fail: `update` needs a discriminator that can be trained and its `optimizer`..."""),
+     """WARNING AdversarialDistributionLoss: its `update` would fail: `update` needs a discriminator..."""),
     (lambda w: w.report(teacher_logits=w.t, student_logits=changed_row(w.s, (slice(None), 1), -math.inf)),
      """ERROR deterministic: its value or its gradient is not finite. Look for NaN and inf in the logits, and for a class at
      -inf on one side only."""),

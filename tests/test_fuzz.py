@@ -217,7 +217,7 @@ OWN = (ValueError, TypeError, IndexError, RuntimeError)
 SENTENCE = re.compile(
     r"`[a-z_]+(\(\d+\)|\[.*\]|\.[a-z]+)*`.* (must|is|needs|are|blends|has|does) |Term '|No term uses|Error\(s\) in loading"
     # torch's and Python's own, which say what is wrong
-    r"|[Dd]evice|meta tensor|not implemented for"
+    r"|Device|device|meta tensor|not implemented for"
 )
 
 
