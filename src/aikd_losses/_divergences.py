@@ -8,19 +8,17 @@ $$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\,
 As p and q sum to 1, these are the usual $\sum p\,(\log p - \log q)$. But no term is negative, so that nothing cancels where
 the two sides are near each other, as they are where T is large.
 
-Classes are on the last axis. float32 at least. All can be compiled, transformed and differentiated again, but for
-`kl_with_gradient`, which makes the gradient itself and is for no graph.
+Classes are on the last axis. float32 at least. All can be compiled, transformed and differentiated again.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 from torch import Tensor
-
-NEAR = 0.01  # nats a row, below which the usual sum may have lost more than a hundred-thousandth
 
 
 def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float) -> Tensor:
@@ -28,14 +26,14 @@ def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta
     log_p, log_q, d = logs(s, t, temperature)
     p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
-        return temperature**2 * _kl(log_p, q, d)
+        return temperature**2 * kl(log_p, q, d)
     if name == "reverse_kl":
-        return temperature**2 * _kl(log_q, p, -d)
+        return temperature**2 * kl(log_q, p, -d)
     m = beta * p + (1 - beta) * q
     # log m - log p = log(beta + (1 - beta) e^d) and log m - log q, each from the side on which nothing overflows.
     above, below = torch.where(d > 0, d, 0.0), torch.where(d > 0, 0.0, d)
     shared = torch.log1p(beta * torch.expm1(-above)) + torch.log1p((1 - beta) * torch.expm1(below))
-    return temperature**2 * (beta * _kl(log_p, m, shared + above) + (1 - beta) * _kl(log_q, m, shared - below))
+    return temperature**2 * (beta * kl(log_p, m, shared + above) + (1 - beta) * kl(log_q, m, shared - below))
 
 
 def logs(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +54,7 @@ def logs(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tens
     return log_p, log_q, d.masked_fill(excluded, 0.0)
 
 
-def _kl(log_a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+def kl(log_a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     r"""$\sum a\,\varphi(d) = \sum b - a - a\,d$ with $d = \log b - \log a$. A class with a = 0 counts b, the limit; one with
     a > 0 = b counts inf, also where a is so small that float32 rounds it to 0 (0 * inf would be NaN)."""
     a = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny)
@@ -72,21 +70,6 @@ def _phi(d: Tensor) -> Tensor:
     return torch.where(d.abs() < 0.1, series, torch.expm1(d) - d)
 
 
-def kl_with_gradient(s: Tensor, t: Tensor, *, temperature: float, scale: float) -> tuple[Tensor, Tensor]:
-    r"""$T^2\,\mathrm{KL}(p \,\|\, q)$, and `scale` times its gradient $T\,(q - p)$."""
-    s, t = wide(s, t)
-    log_q, log_p = torch.log_softmax(s * (1 / temperature), -1), torch.log_softmax(t * (1 / temperature), -1)
-    p = log_p.exp()
-    d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
-    value = torch.addcmul(difference, p, d, out=d).sum(-1)
-    # A CPU sees for free whether that was enough in every row; to look at what a GPU has would make it wait.
-    if not (s.is_cpu and len(value) and float(value.min()) > NEAR and float(value.max()) < math.inf):
-        log_p, log_q, d = logs(s, t, temperature)
-        p, q = log_p.exp(), log_q.exp()
-        value, difference = _kl(log_p, q, d), torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
-    return value.mul_(temperature**2), difference.mul_(temperature * scale)
-
-
 def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor:
     r"""$T^2\,\mathrm{CE}(p, q) = -T^2 \sum p \log q$, of probabilities p or of a label, with $0 \log 0 = 0$."""
     (s,) = wide(s)
@@ -99,10 +82,12 @@ def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor
 
 def wide(*tensors: Tensor) -> list[Tensor]:
     """float32 at least, all of one type."""
-    dtype = torch.float32
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+    dtype = wide_type(*tensors)
+    return [x.to(dtype) for x in tensors]
+
+
+def wide_type(*tensors: Tensor) -> torch.dtype:
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergences import cross_entropy, divergence_rows, kl_with_gradient, wide
-from ._fused import rowwise_loss
+from ._divergences import cross_entropy, divergence_rows, wide
+from ._fused import kl_in_blocks, reduced, with_its_gradient
 from .linear import linear_deterministic_kd
 
 __all__ = ["deterministic_kd", "linear_deterministic_kd", "progressive_kd"]
@@ -43,16 +43,24 @@ def deterministic_kd(
     beta = _checks.divergence(divergence, beta)
     temperature = _checks.temperature(temperature)
     axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
-    student, teacher = (visible(x, axis, mask) for x in (student_logits, teacher_logits.detach()))
-    plain = partial(divergence_rows, name=divergence, temperature=temperature, beta=beta)
+    student, teacher = visible(student_logits, axis, mask), visible(teacher_logits.detach(), axis, mask)
+
+    def rows(s: Tensor, t: Tensor) -> Tensor:
+        return divergence_rows(s, t, name=divergence, temperature=temperature, beta=beta)
+
     if divergence != "forward_kl":
-        return reduce_positions(plain(student, teacher), mask, reduction)
-    with_gradient = partial(kl_with_gradient, temperature=temperature)
-    flat = (x.flatten(0, -2) for x in (student, teacher))
-    if mask is None or reduction != "mean":
-        value = rowwise_loss(plain, with_gradient, _checks.reduction(reduction), *flat)
-        return value.reshape(student.shape[:-1]) if reduction == "none" else value
-    return rowwise_loss(plain, with_gradient, "sum", *flat) / mask.sum().clamp_min(1)  # what is masked gives 0
+        return reduce_positions(rows(student, teacher), mask, reduction)
+    how = "sum" if mask is not None and _checks.reduction(reduction) == "mean" else reduction  # what is masked gives 0
+    value = with_its_gradient(
+        lambda s, t: reduced(rows(s, t), how),
+        partial(kl_in_blocks, temperature=temperature, reduction=how),
+        1,
+        student.flatten(0, -2),
+        teacher.flatten(0, -2),
+    )
+    if how == "none":
+        return value.reshape(student.shape[:-1])
+    return value if mask is None or how == reduction else value / mask.sum().clamp_min(1)
 
 
 def progressive_kd(
@@ -104,15 +112,10 @@ def progressive_kd(
 def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     """`values`, one a position, reduced over the positions that count; with none of them, 0 with a graph."""
     _checks.reduction(reduction)
-    if mask is not None:
-        values = values.masked_fill(~mask, 0.0)
-    if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    if mask is not None:
-        return values.sum() / mask.sum().clamp_min(1)
-    return values.mean() if values.numel() else values.sum()
+    if mask is None:
+        return reduced(values, reduction)
+    values = values.masked_fill(~mask, 0.0)
+    return values.sum() / mask.sum().clamp_min(1) if reduction == "mean" else reduced(values, reduction)
 
 
 def finite_rows(logits: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergences import divergence_rows, kl_with_gradient, no_autocast, wide
-from ._fused import Slopes, with_its_gradient
+from ._divergences import divergence_rows, no_autocast, wide
+from ._fused import Slopes, kl_with_gradient, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
 
@@ -75,7 +75,7 @@ def linear_deterministic_kd(
         ]
     with no_autocast(student_hidden):
         total = with_its_gradient(
-            partial(_plain, temperature), partial(_blocks, temperature), 3, *heads, counts.flatten()
+            partial(_plain, temperature), partial(_in_blocks, temperature), 3, *heads, counts.flatten()
         )
     return total / counts.sum().clamp_min(1) if reduction == "mean" else total
 
@@ -86,30 +86,25 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Ten
 
 def _plain(temperature: float, *tensors: Tensor) -> Tensor:
     """The sum over positions."""
-    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
-    student, teacher = _logits(h, w, b, counts), _logits(teacher_h, teacher_w, teacher_b, counts)
+    *heads, counts = tensors
+    student, teacher = _logits(*heads[:3], counts), _logits(*heads[3:], counts)
     return divergence_rows(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
 
 
-def _blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+def _in_blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
     """The same, and its gradients: those of the logits go through the head a block at a time."""
-    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
-    h_all, w, b = wide(h, w, b)
-    teacher_w = teacher_w.to(torch.promote_types(teacher_w.dtype, torch.float32))  # once, and not in every block
-    slopes = tuple(torch.zeros_like(x) for x in (h_all, w, b)) if wanted else None
-    total = h_all.new_zeros(())
+    counts = tensors[-1]
+    (h, w, b), teacher = wide(*tensors[:3]), wide(*tensors[3:6])  # once, and not in every block
+    total, slopes = h.new_zeros(()), [torch.zeros_like(x) for x in (h, w, b)] if wanted else []
     step = max(1, LINEAR_BLOCK // len(w))
-    for start in range(0, len(h_all), step):
+    for start in range(0, len(h), step):
         rows = slice(start, start + step)
-        student, teacher = (
-            _logits(h_all[rows], w, b, counts[rows]),
-            _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows]),
-        )
-        values, slope = kl_with_gradient(student, teacher, temperature=temperature, scale=1.0)
-        total = total + values.sum()
-        if slopes is not None:
+        logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher[0][rows], *teacher[1:], counts[rows])
+        values, slope = kl_with_gradient(*wide(*logits), temperature=temperature)
+        total += values.sum()
+        if wanted:
             slope = slope.to(w.dtype)
             slopes[0][rows] = slope @ w
-            slopes[1].addmm_(slope.t(), h_all[rows])
+            slopes[1].addmm_(slope.t(), h[rows])
             slopes[2].add_(slope.sum(0))
-    return total, slopes
+    return total, tuple(slopes) if wanted else None
