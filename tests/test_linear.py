@@ -129,10 +129,10 @@ REFUSED = [
     (
         {"teacher_hidden": torch.ones(3, 5, 6).long()},
         TypeError,
-        "`teacher_hidden` must be floating point; got torch.int64.",
+        "`teacher_hidden` must be floating point of 16, 32 or 64 bits; got torch.int64.",
     ),
     ({"reduction": "none"}, ValueError, "`reduction` must be one of 'mean', 'sum'; got 'none'."),
-    ({"temperature": 0.0}, ValueError, "`temperature` must be a finite number above 0; got 0.0."),
+    ({"temperature": 0.0}, ValueError, "`temperature` must be in the interval [1e-18, 1e+18]; got 0.0."),
     (
         {"mask": torch.ones(3, dtype=torch.bool)},
         ValueError,

@@ -181,8 +181,10 @@ TENSOR = {
 TYPE_F8 = (
     "TypeError: `{name}` must be floating point of 16, 32 or 64 bits; got torch.float8_e4m3fn. Pass `{name}.float()`."
 )
-EIGHT_BITS = {TYPE_F8: [Of(lambda x: x.detach().to(F8))]}
-FLOATING = EIGHT_BITS | {"TypeError: `{name}` must be floating point; got torch.int64.": [LONG]}
+FLOATING = {
+    TYPE_F8: [Of(lambda x: x.detach().to(F8))],
+    "TypeError: `{name}` must be floating point of 16, 32 or 64 bits; got torch.int64.": [LONG],
+}
 DEVICE = "ValueError: `{name}` must be on the device of `student_logits`, cpu; got meta. Move it with `.to('cpu')`."
 AS_LOGITS = "ValueError: `{name}` must have the shape of `student_logits`, (4, 3); got"
 AS_POSITIONS = "ValueError: `{name}` must have the shape of `student_logits` without its class axis, (4,); got"
@@ -222,7 +224,10 @@ ID_A_POSITION = {**IDS, f"{AS_POSITIONS} (1,).": [FIRST]}
 ID_A_ROW = {**IDS, "ValueError: `{name}` must have one axis, (N,); got shape (4, 1).": [COLUMN]}
 NUMBER = {"TypeError: `{name}` must be a number; got {got}.": ["4", True, 1j]}
 NOT_NEGATIVE = {**NUMBER, "ValueError: `{name}` must be a finite number not below 0; got {got}.": [-0.5, NAN, INF]}
-POSITIVE = {**NUMBER, "ValueError: `{name}` must be a finite number above 0; got {got}.": [0.0, -1, NAN, INF, 10**400]}
+POSITIVE = {
+    **NUMBER,
+    "ValueError: `{name}` must be in the interval [1e-18, 1e+18]; got {got}.": [0.0, -1, NAN, INF, 10**400, 1e-30],
+}
 SHARE = {**NUMBER, f"{UNIT} {{got}}.": [1.1, -1, NAN, INF]}
 SCHEDULE = {
     **SHARE,
@@ -239,8 +244,7 @@ MAPPING = {"TypeError: `{name}` must be a mapping {name: ...}; got {got}.": [[1.
 WRONG = {
     "student_logits": {
         **TENSOR,
-        **EIGHT_BITS,
-        "TypeError: `{name}` must be floating point (raw scores before softmax); got torch.int64.": [LONG],
+        **FLOATING,
         "ValueError: `{name}` must have at least 2 axes, (N, C); got shape (4,).": [Of(lambda x: x[:, 0])],
         "ValueError: `class_dim` is required for logits of more than 2 axes; got `{name}` of shape (4, 3, 1). Pass class_dim=1 "
         "for (N, C, *) or class_dim=-1 for (N, *, C).": [Of(lambda x: x[..., None])],
@@ -265,7 +269,7 @@ WRONG = {
     "mix_lambda": {
         **NUMBER,
         SPARSE: [torch.ones(N).to_sparse()],
-        "TypeError: `{name}` must be floating point; got torch.complex64.": [torch.tensor(1j)],
+        "TypeError: `{name}` must be floating point of 16, 32 or 64 bits; got torch.complex64.": [torch.tensor(1j)],
         "ValueError: `{name}` must be a number or have the shape (4,); got (2,).": [torch.ones(2)],
         f"{UNIT} {{got}}.": [1.5],
         f"{UNIT} values in [-1, -1].": [-torch.ones(N)],
@@ -376,7 +380,7 @@ WRONG = {
 WRONG_OF = {  # where an argument of one entry is not what it is of others
     ("functional.progressive_kd", "alpha"): {
         **SHARE,
-        "TypeError: `{name}` must be floating point; got torch.int64.": [torch.ones(N).long()],
+        "TypeError: `{name}` must be floating point of 16, 32 or 64 bits; got torch.int64.": [torch.ones(N).long()],
         "ValueError: `{name}` must be a number or have the shape (4,); got (4, 1).": [torch.ones(N, 1)],
         f"{UNIT} values in [0, 2].": [torch.tensor([0, 0.5, 1, 2])],
     },
@@ -571,7 +575,7 @@ OTHERS = {
     "ValueError: `partner_index` blends the rows of `index`, which must be given too; got index=None.": [
         lambda w: w.progressive(w.s, w.y, index=None, partner_index=w.i)
     ],
-    "ValueError: `targets.read` must return rows of shape (4, 3) and flags of shape (4,); got (3, 3) and (4,).": [
+    "ValueError: `targets.read` must return rows of shape (4, 3); got (3, 3).": [
         lambda w: ProgressiveKD(ODD_STORE)(w.s, w.y, index=w.i)
     ],
     # the discriminator

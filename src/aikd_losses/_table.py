@@ -43,7 +43,7 @@ class Table(Carrier):
         super().__init__()
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
-        self.num_classes = _checks.num_classes(num_classes)
+        self.num_classes = _checks.integer("num_classes", num_classes, 2)
         if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype

@@ -153,7 +153,17 @@ class AdversarialDistributionLoss(Owner):
         Anywhere after the forward call of the same step, before the student's `backward()` too. Rows without a softmax on
         either side (NaN, +inf) are left out.
         """
-        axis, given = self._check_update(student_logits, teacher_logits, mask=mask, condition=condition)
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
+                "`.train()` on the loss."
+            )
+        if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
+            raise RuntimeError(
+                "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
+                "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
+            )
+        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
         if self._ranks.active() and not self._same_on_all_ranks:
             self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
             self._same_on_all_ranks = True
@@ -165,20 +175,6 @@ class AdversarialDistributionLoss(Owner):
             loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
         self._last_step = loss, norm, lead.detach(), counts
         return loss
-
-    def _check_update(self, *tensors: Tensor, **named: Any) -> tuple[int, Condition]:
-        """Refuse whatever `update` refuses; gives what `_check` does."""
-        if not self.training:
-            raise RuntimeError(
-                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
-                "`.train()` on the loss."
-            )
-        if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
-            raise RuntimeError(
-                "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
-                "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
-            )
-        return self._check(*tensors, **named)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class MLPDiscriminator(nn.Module):
 
     def __init__(self, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        self.num_classes = _checks.num_classes(num_classes)
+        self.num_classes = _checks.integer("num_classes", num_classes, 2)
         self.hidden = tuple(_checks.integer("hidden", width, 1) for width in hidden)
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise((self.num_classes, *self.hidden, 1)):

@@ -41,7 +41,7 @@ def deterministic_kd(
     tensor(0.)
     """
     beta = _checks.divergence(divergence, beta)
-    temperature = _checks.temperature(temperature)
+    temperature, reduction = _checks.temperature(temperature), _checks.reduction(reduction)
     axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
     student, teacher = visible(student_logits, axis, mask), visible(teacher_logits.detach(), axis, mask)
 
@@ -50,7 +50,7 @@ def deterministic_kd(
 
     if divergence != "forward_kl":
         return reduce_positions(rows(student, teacher), mask, reduction)
-    how = "sum" if mask is not None and _checks.reduction(reduction) == "mean" else reduction  # what is masked gives 0
+    how = "sum" if mask is not None and reduction == "mean" else reduction  # what is masked gives 0
     value = with_its_gradient(
         lambda s, t: reduced(rows(s, t), how),
         partial(kl_in_blocks, temperature=temperature, reduction=how),

@@ -86,20 +86,20 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Ten
 
 def _plain(temperature: float, *tensors: Tensor) -> Tensor:
     """The sum over positions."""
-    *heads, counts = tensors
-    student, teacher = _logits(*heads[:3], counts), _logits(*heads[3:], counts)
+    h, w, b, teacher_h, teacher_w, teacher_b, counts = tensors
+    student, teacher = _logits(h, w, b, counts), _logits(teacher_h, teacher_w, teacher_b, counts)
     return divergence_rows(student, teacher, name="forward_kl", temperature=temperature, beta=0.5).sum()
 
 
 def _in_blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tensor, Slopes]:
     """The same, and its gradients: those of the logits go through the head a block at a time."""
     counts = tensors[-1]
-    (h, w, b), teacher = wide(*tensors[:3]), wide(*tensors[3:6])  # once, and not in every block
+    (h, w, b), (teacher_h, teacher_w, teacher_b) = wide(*tensors[:3]), wide(*tensors[3:6])  # once, and not a block
     total, slopes = h.new_zeros(()), [torch.zeros_like(x) for x in (h, w, b)] if wanted else []
     step = max(1, LINEAR_BLOCK // len(w))
     for start in range(0, len(h), step):
         rows = slice(start, start + step)
-        logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher[0][rows], *teacher[1:], counts[rows])
+        logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows])
         values, slope = kl_with_gradient(*wide(*logits), temperature=temperature)
         total += values.sum()
         if wanted:

@@ -151,7 +151,12 @@ class ProgressiveKD(Carrier):
         Anywhere after the forward call of the same step. Nothing is written for `index=None`, for blended inputs (those
         with a `partner_index`), for masked positions and for rows with NaN or +inf. RuntimeError in eval mode.
         """
-        axis = self._check_update(student_logits, index=index, mask=mask, partner_index=partner_index)
+        if not self.training:
+            raise RuntimeError(
+                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
+                "`.train()` on the loss, or pass `index=None`."
+            )
+        axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
             return
         logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
@@ -173,17 +178,6 @@ class ProgressiveKD(Carrier):
                 UserWarning,
                 stacklevel=3,
             )
-
-    def _check_update(self, student_logits: Tensor, *, mask: Tensor | None = None, **ids: Tensor | None) -> int:
-        """Refuse whatever `update` refuses; gives the class axis."""
-        if not self.training:
-            raise RuntimeError(
-                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
-                "`.train()` on the loss, or pass `index=None`."
-            )
-        if isinstance(self.targets, Table):
-            self.targets.check_whole()
-        return self._check(student_logits, mask, **ids)
 
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch: take the next alpha and let the store exchange its rows between ranks.
@@ -240,12 +234,8 @@ class ProgressiveKD(Carrier):
         # What stands at masked positions may be no id.
         at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
         probs, known = self.targets.read(at.flatten())
-        wanted = (at.numel(), classes)
-        if tuple(probs.shape) != wanted or tuple(known.shape) != wanted[:1]:
-            raise ValueError(
-                f"`targets.read` must return rows of shape {wanted} and flags of shape {wanted[:1]}; got "
-                f"{tuple(probs.shape)} and {tuple(known.shape)}."
-            )
+        for what, x, wanted in (("rows", probs, (at.numel(), classes)), ("flags", known, (at.numel(),))):
+            _checks.shaped("targets.read", x, wanted, f"must return {what} of shape ")
         device = student_logits.device
         return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
 
