@@ -25,12 +25,14 @@ from aikd_losses import (
 FULL_METHOD = """\
 AIKDLoss(
   epoch=0
-  term           weight  method  needs [takes]
-  progressive    0.5     call    student_logits, target, index [mask, partner_index, mix_lambda]
-                         update  student_logits, index [mask, partner_index]
-  deterministic  0.5     call    student_logits, teacher_logits [mask]
-  adversarial    1       call    student_logits, teacher_logits [mask, condition]
-                         update  student_logits, teacher_logits [mask, condition]
+  progressive: weight 0.5
+    forward(student_logits, target, index [mask, partner_index, mix_lambda])
+    update(student_logits, index [mask, partner_index])
+  deterministic: weight 0.5
+    forward(student_logits, teacher_logits [mask])
+  adversarial: weight 1
+    forward(student_logits, teacher_logits [mask, condition])
+    update(student_logits, teacher_logits [mask, condition])
   (terms): ModuleDict(
     (progressive): ProgressiveKD(
       epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None
@@ -48,13 +50,13 @@ AIKDLoss(
 STACK = """\
 LossStack(
   epoch=1
-  term     weight  method  needs [takes]
-  ce       0.25    call    student_logits, target
-  kd       0.5     call    student_logits, other [mask]
-  history  1       call    student_logits, index [mask, partner_index, mix_lambda]
-                   update  student_logits, index [mask, partner_index]
-  weight of ce: falling
-  weight of kd: LinearRamp(end=0.5, num_epochs=2, start=0.0)
+  ce: weight 0.25 by falling
+    forward(student_logits, target)
+  kd: weight 0.5 by LinearRamp(end=0.5, num_epochs=2, start=0.0)
+    forward(student_logits, other [mask])
+  history: weight 1
+    forward(student_logits, index [mask, partner_index, mix_lambda])
+    update(student_logits, index [mask, partner_index])
   inputs={'kd': {'teacher_logits': 'other'}, 'history': {'target': None}}
   (terms): ModuleDict(
     (ce): CrossEntropyLoss()
@@ -163,5 +165,5 @@ def test_a_store_in_a_file_says_where_it_is(tmp_path):
 def test_what_has_no_values_is_shown_without_them():
     shown = repr(AIKDLoss(5, 3, 4).to("meta"))
     assert "\n  epoch=?\n" in shown
-    assert "  progressive    ?       call" in shown
+    assert "\n  progressive: weight ?\n" in shown
     assert "epoch=?, alpha=? by LinearRamp(end=0.8, num_epochs=4, start=0.0)" in shown

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, schedules
-from ._calls import calls_of, check_names, check_term, has
+from ._calls import calls_of, has
 from ._carrier import Carrier
 from .progressive import ProgressiveKD
 from .schedules import Schedule
 
+NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
 STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
 
 
@@ -70,20 +71,18 @@ class LossStack(Carrier):
         if not isinstance(terms, Mapping | nn.ModuleDict) or len(terms) == 0:
             raise TypeError(f"`terms` must be a mapping {{name: module}} with at least one term; got {terms!r}.")
         for name, term in terms.items():
-            if isinstance(term, LossStack):
-                raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
-            check_term(name, term)
-        check_names("weights", weights, terms)
-        check_names("inputs", inputs, terms)
+            _check_term(name, term)
+        for setting, given in (("weights", weights), ("inputs", inputs)):
+            if not isinstance(given or {}, Mapping) or any(name not in terms for name in given or {}):
+                raise ValueError(f"`{setting}` must be a mapping from terms, {', '.join(terms)}; got {given!r}.")
         self.weights: dict[str, Schedule] = {name: (weights or {}).get(name, 1.0) for name in terms}
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
+        self.terms = nn.ModuleDict(dict(terms.items()))
         self._calls = calls_of(terms, self.inputs)
-        every = (call for calls in self._calls.values() for call in calls.values())
-        self._names = frozenset(STANDARD).union(*(call.names.values() for call in every))
-        try:
-            self.terms = nn.ModuleDict(dict(terms.items()))
-        except KeyError as error:
-            raise ValueError(f"`terms` has a name that cannot be one: {error.args[0]}.") from None
+        self._names = {
+            *STANDARD,
+            *(x for calls in self._calls.values() for call in calls.values() for x in call.names.values()),
+        }
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._weights = torch.zeros(len(terms), dtype=torch.float64, device="cpu")
         self._after_load()
@@ -113,18 +112,14 @@ class LossStack(Carrier):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
-        total: Tensor | None = None
-        values: dict[str, Tensor] = {}
-        for weight, (name, term) in zip(self._weights.unbind(), self.terms.items(), strict=True):
-            value = term(**picked[name])
+        values = {name: self.terms[name](**given) for name, given in picked.items()}
+        for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {found}.")
-            weighted = torch.where(weight == 0, 0.0, weight.to(value.dtype) * value)  # also of a value that is infinite
-            total = weighted if total is None else total + weighted
-            values[name] = value.detach()
-        assert total is not None  # a stack has a term
-        return total, values
+                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
+        of_terms = torch.stack(tuple(values.values()))
+        weights = self._weights.to(of_terms)
+        weighted = torch.where(weights == 0, 0.0, weights * of_terms)  # also of a value that is infinite
+        return weighted.sum(), {name: value.detach() for name, value in values.items()}
 
     if TYPE_CHECKING:
 
@@ -173,17 +168,21 @@ class LossStack(Carrier):
             )
 
     def extra_repr(self) -> str:
-        """A table: each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
-        rows = [("term", "weight", "method", "needs [takes]")]
-        changing = {name: schedules.called(weight) for name, weight in self.weights.items() if callable(weight)}
-        for i, name in enumerate(self.weights):
-            first = name, schedules.value(self._weights[i])
-            for method, calls in self._calls.items():
-                if name in calls:
-                    rows.append((*first, "call" if method == "forward" else method, calls[name].shown()))
-                    first = "", ""
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        """Each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
         lines = [f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}"]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [f"weight of {name}: {schedule}" for name, schedule in changing.items()]
+        for i, (name, schedule) in enumerate(self.weights.items()):
+            lines.append(f"{name}: weight {schedules.shown(schedule, self._weights[i])}")
+            lines += [f"  {method}({calls[name].shown()})" for method, calls in self._calls.items() if name in calls]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
+
+
+def _check_term(name: str, term: object) -> None:
+    if not isinstance(term, nn.Module):
+        raise TypeError(f"Term {name!r} must be an nn.Module (an instance, and no function); got {term!r}.")
+    if isinstance(term, LossStack):
+        raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
+    if isinstance(term, NOT_OF_LOGITS):
+        raise TypeError(
+            f"Term {name!r} is a {type(term).__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "
+            "or a module of your own."
+        )
