@@ -46,11 +46,14 @@ class Owner(Carrier):
         """Step on the mean of all ranks' rows, however many each has; the mean, and the norm of its gradient."""
         assert self.optimizer is not None  # checked
         trained = [p for p in self.discriminator.parameters() if p.requires_grad]
+        alone = not self._ranks.active()
+        loss = loss / count.clamp_min(1) if alone else loss  # one division, and not one a parameter
         slopes = torch.autograd.grad(loss, trained, allow_unused=True)
         used = {p: slope for p, slope in zip(trained, slopes, strict=True) if slope is not None}
-        sums = [count.to(loss), loss.detach(), *used.values()]
-        count, *sums = self._ranks.sum(sums) if self._ranks.active() else sums
-        loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
+        loss, *means = loss.detach(), *used.values()
+        if not alone:
+            count, *sums = self._ranks.sum([count.to(loss), loss, *means])
+            loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
         norm = nn.utils.get_total_norm(means)
         self.optimizer.zero_grad()  # leaves out what is not ours
         for p, mean in zip(used, means, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -109,15 +109,14 @@ class AdversarialDistributionLoss(Owner):
         condition: Tensor | None = None,
     ) -> Tensor:
         """The student's loss: how far the discriminator is from taking the student for the teacher."""
-        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
+        s, t, given, shape = self._rows(student_logits, teacher_logits, mask, condition)
         held = [*self.discriminator.named_parameters(), *self.discriminator.named_buffers()]
         frozen = {name: x.detach().clone() for name, x in held}  # which no step before the backward pass changes
         objective, score = objective_of(self.objective), partial(self._score, frozen, given)
-        with no_autocast(student_logits):
-            of_teacher = score(self._seen(teacher_logits.detach(), axis, mask)) if objective.paired else None
-            values = objective.student(score(self._seen(student_logits, axis, mask)), of_teacher)
-        values = values.unflatten(0, _checks.positions(student_logits, axis))
-        return functional.reduce_positions(values, mask, self.reduction)
+        with no_autocast(s):
+            of_teacher = score(self._seen(t)) if objective.paired else None
+            values = objective.student(score(self._seen(s)), of_teacher)
+        return functional.reduce_positions(values.view(shape), mask, self.reduction)
 
     student_loss = forward
     """What calling the module gives. No gradient reaches the discriminator."""
@@ -134,11 +133,11 @@ class AdversarialDistributionLoss(Owner):
         condition: Tensor | None = None,
     ) -> Tensor:
         """What the discriminator minimises, penalty included. No gradient reaches the logits; buffers stay as they are."""
-        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
-        with torch.inference_mode(False), no_autocast(student_logits):
+        s, t, given, shape = self._rows(student_logits, teacher_logits, mask, condition)
+        with torch.inference_mode(False), no_autocast(s):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
-            values, _ = self._values(buffers, student_logits, teacher_logits, axis, mask, given)
-        return functional.reduce_positions(values, mask, self.reduction)
+            values, _ = self._values(buffers, s, t, given)
+        return functional.reduce_positions(values.view(shape), mask, self.reduction)
 
     def update(
         self,
@@ -163,15 +162,15 @@ class AdversarialDistributionLoss(Owner):
                 "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
                 "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
             )
-        axis, given = self._check(student_logits, teacher_logits, mask=mask, condition=condition)
+        s, t, given, _ = self._rows(student_logits.detach(), teacher_logits, mask, condition)
         if self._ranks.active() and not self._same_on_all_ranks:
             self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
             self._same_on_all_ranks = True
-        with torch.inference_mode(False), torch.enable_grad(), no_autocast(student_logits):
-            sides = (student_logits.detach(), teacher_logits.detach())
-            counts = torch.stack([functional.finite_rows(x.movedim(axis, -1)) for x in sides]).all(0)
-            counts = counts if mask is None else counts & mask
-            values, lead = self._values({}, *sides, axis, counts, given)
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast(s):
+            counts = functional.finite_rows(s) & functional.finite_rows(t)
+            counts = counts if mask is None else counts & mask.flatten()
+            s, t = (x.masked_fill(~counts.unsqueeze(-1), 0.0) for x in (s, t))
+            values, lead = self._values({}, s, t, given)
             loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
         self._last_step = loss, norm, lead.detach(), counts
         return loss
@@ -192,9 +191,9 @@ class AdversarialDistributionLoss(Owner):
         accuracy = wins.masked_fill(~counts, 0.0).sum() / counts.sum()
         return {"discriminator_loss": loss, "accuracy": accuracy, "gradient_norm": norm}
 
-    def _seen(self, logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-        """What the discriminator is shown of logits, a row a position, in its precision."""
-        x = functional.rows(logits, axis, mask).flatten(0, -2) / self.temperature
+    def _seen(self, rows: Tensor) -> Tensor:
+        """What the discriminator is shown of logits, in its precision."""
+        x = rows / self.temperature
         if self.inputs == "probs":
             x = torch.softmax(x, -1)
         else:
@@ -212,30 +211,28 @@ class AdversarialDistributionLoss(Owner):
             )
         return wide(scores.flatten())[0]
 
-    def _values(
-        self, state: dict[str, Tensor], s: Tensor, t: Tensor, axis: int, mask: Tensor | None, given: Condition
-    ) -> tuple[Tensor, Tensor]:
-        """What the discriminator minimises, a value a position, and by how much the teacher's row scores more."""
-        both = torch.cat([self._seen(x.detach(), axis, mask) for x in (t, s)])  # scored in one call
+    def _values(self, state: dict[str, Tensor], s: Tensor, t: Tensor, given: Condition) -> tuple[Tensor, Tensor]:
+        """What the discriminator minimises, a value a row, and by how much the teacher's row scores more."""
+        both = torch.cat([self._seen(x.detach()) for x in (t, s)])  # scored in one call
         twice = tuple(torch.cat([x, x]) for x in given)
         of_teacher, of_student = self._score(state, twice, both).chunk(2)
         values = objective_of(self.objective).discriminator(of_teacher, of_student)
         if self.penalty is not None:
-            once = tuple(x.chunk(2)[0] for x in twice)
+            once = tuple(x.chunk(2)[0] for x in twice)  # no tensors of inference mode, as `given` may be
             values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
-        shape = _checks.positions(s, axis)
-        return values.unflatten(0, shape), (of_teacher - of_student).unflatten(0, shape)
+        return values, of_teacher - of_student
 
-    def _check(
-        self, student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, condition: Any = None
-    ) -> tuple[int, Condition]:
-        """The class axis; and the condition, a row a position, without what a mask hides."""
+    def _rows(
+        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Condition, tuple[int, ...]]:
+        """The logits of either side and the condition, a row a position, 0 where masked; and the shape of the positions."""
         axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
         home = next(self.discriminator.parameters(), student_logits)
         _checks.same_device("discriminator", home, "student_logits", student_logits)
-        if condition is None:
-            return axis, ()
+        s, t = (functional.rows(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
         shape = _checks.positions(student_logits, axis)
+        if condition is None:
+            return s, t, (), shape
         _checks.same_device("condition", _checks.tensor("condition", condition), "student_logits", student_logits)
         if condition.shape[: len(shape)] != shape:
             raise ValueError(
@@ -244,7 +241,7 @@ class AdversarialDistributionLoss(Owner):
         condition = condition.flatten(0, len(shape) - 1)
         if mask is not None:
             condition = condition.masked_fill(~mask.reshape(-1, *[1] * (condition.ndim - 1)), 0)
-        return axis, (condition,)
+        return s, t, (condition,), shape
 
     def extra_repr(self) -> str:
         objective = repr(self.objective) if isinstance(self.objective, str) else "AdversarialObjective"
