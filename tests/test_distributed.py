@@ -10,11 +10,13 @@ import pickle
 import time
 import traceback
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import DistributedSampler
 
 from aikd_losses import (
@@ -26,11 +28,13 @@ from aikd_losses import (
     MLPDiscriminator,
     ProgressiveKD,
     ZeroCenteredPenalty,
+    _ranks,
 )
 
-N, C, WORLD = 16, 3, 2
+N, C = 16, 3
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(N) % C
+DDP = nn.parallel.DistributedDataParallel
 
 
 class Learner(nn.Module):
@@ -56,23 +60,24 @@ class Learner(nn.Module):
         return loss
 
 
-class Averaged(nn.Module):
+def averaged(learner, group=None):
     """Data parallelism by hand, over a process group."""
 
-    def __init__(self, learner, group=None):
-        super().__init__()
-        self.learner = learner
-        for parameter in learner.parameters():
-            parameter.register_hook(lambda grad: self.mean(grad, group))
-
-    @staticmethod
-    def mean(grad, group):
+    def mean(grad):
         total = grad.clone()
         dist.all_reduce(total, group=group)
         return total / dist.get_world_size(group)
 
-    def forward(self, index):
-        return self.learner(index)
+    for parameter in learner.parameters():
+        parameter.register_hook(mean)
+    return learner
+
+
+def sharded(learner):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(learner, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def batches(epoch):
@@ -80,10 +85,9 @@ def batches(epoch):
     return torch.randperm(N, generator=torch.Generator().manual_seed(epoch)).split(8)
 
 
-def train(model, learner, part, epochs=range(3)):
-    """The losses of all steps; each the mean over the ranks."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
+def trained(learner, model, part, epochs=range(3)):
+    """All there is to compare: losses, store, discriminator and its optimizer's moments, epochs, the network."""
+    optimizer, criterion, losses = torch.optim.SGD(model.parameters(), lr=0.1), learner.criterion, []
     for epoch in epochs:
         for batch in batches(epoch):
             loss = model(part(batch))
@@ -91,35 +95,33 @@ def train(model, learner, part, epochs=range(3)):
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        learner.criterion.advance_epoch()
-    return torch.stack(losses)
-
-
-def facts(learner, losses):
-    """All there is to compare: losses, store, discriminator and its optimizer's moments, epochs, the network."""
-    criterion = learner.criterion
+        criterion.advance_epoch()
     moments = criterion.terms["adversarial"].optimizer.state_dict()["state"]
     state = {k: v.clone() for k, v in criterion.state_dict().items() if "optimizer" not in k}
     state |= {f"moments.{i}.{name}": x.clone() for i, one in moments.items() for name, x in one.items()}
     weight = learner.network.weight
     weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return state | {"losses": losses, "network": weight.detach().clone()}
+    return state | {"losses": torch.stack(losses), "network": weight.detach().clone()}
 
 
 def alone():
     learner = Learner()
-    return facts(learner, train(learner, learner, lambda batch: batch))
+    return trained(learner, learner, lambda batch: batch)
+
+
+def part_of(rank):
+    return lambda batch: batch[rank :: dist.get_world_size()]
 
 
 def assert_one_run(results, expected):
     """Every rank has what one process has; losses are the mean over the ranks."""
     losses = torch.stack([result.pop("losses") for result in results]).mean(0)
-    torch.testing.assert_close(losses, expected["losses"], rtol=1e-10, atol=1e-10)
+    assert_close(losses, expected["losses"], rtol=1e-10, atol=1e-10)
     for result in results:
         assert result.keys() == expected.keys() - {"losses"}
         for name, value in result.items():
             assert torch.equal(value, results[0][name]), name  # the same on all, bit for bit
-            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+            assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 def _process(rank, world, rendezvous, work, queue):
@@ -138,7 +140,7 @@ def _process(rank, world, rendezvous, work, queue):
 
 @pytest.fixture
 def on_ranks(tmp_path):
-    def run(work, world=WORLD):
+    def run(work, world=2):
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
         rendezvous = f"file://{tmp_path / f'rendezvous-{next(runs)}'}"
@@ -156,72 +158,59 @@ def on_ranks(tmp_path):
     return run
 
 
-def part_of(rank):
-    return lambda batch: batch[rank :: dist.get_world_size()]
-
-
-def under_ddp(rank):
-    learner = Learner()
-    return facts(learner, train(nn.parallel.DistributedDataParallel(learner), learner, part_of(rank)))
-
-
-def under_fsdp(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    learner = Learner()
-    fully_shard(learner, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return facts(learner, train(learner, learner, part_of(rank)))
-
-
-def by_hand(rank):
-    learner = Learner()
-    return facts(learner, train(Averaged(learner), learner, part_of(rank)))
-
-
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("wrapped", [under_ddp, under_fsdp, by_hand])
-def test_ranks_are_one_process_on_the_global_batches(wrapped, world, on_ranks):
-    expected = alone()
+@pytest.mark.parametrize("wrap", [DDP, sharded, averaged])
+def test_ranks_are_one_process_on_the_global_batches(wrap, world, on_ranks):
+    def work(rank):
+        learner = Learner()
+        return trained(learner, wrap(learner), part_of(rank))
+
+    expected, start = alone(), Learner().criterion.state_dict()
     assert expected["terms.progressive.targets.known"].all()
-    start = Learner().criterion.state_dict()
     weights = [
         name for name in start if name.endswith(("0.weight", "2.weight"))
     ]  # biases may cancel in Wasserstein's loss
     assert len(weights) == 2
     assert not any(torch.allclose(expected[name], start[name]) for name in weights)
-    assert_one_run(on_ranks(wrapped, world), expected)
+    assert_one_run(on_ranks(work, world), expected)
 
 
-@pytest.mark.parametrize("machines", [1, 2])
-def test_ranks_that_share_a_file_are_one_process(machines, on_ranks, tmp_path):
-    """A file a machine; that of another machine is one of another name here."""
+FILES = {  # which of them a rank maps; that of another machine is one of another name here
+    "one": lambda rank: "rows",
+    "a machine": lambda rank: f"rows {rank // 2}",
+    "each": lambda rank: f"rows {rank}",
+    "some": lambda rank: "rows" if rank == 1 else None,
+}
 
+
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_ranks_that_share_a_file_or_have_one_each_or_none_are_one_process(file, on_ranks, tmp_path):
     def work(rank):
-        learner = Learner(path=tmp_path / f"machine-{rank * machines // 4}")
-        return facts(learner, train(nn.parallel.DistributedDataParallel(learner), learner, part_of(rank)))
+        name = file(rank)
+        learner = Learner(path=name and tmp_path / name)
+        return trained(learner, DDP(learner), part_of(rank))
 
-    assert_one_run(on_ranks(work, 4), alone())
-    assert len(list(tmp_path.glob("machine-*"))) == machines
+    expected = alone()
+    assert_one_run(on_ranks(work, 4), expected)
+    for name in {*map(file, range(4))} - {None}:  # each of them whole
+        rows = CachedTargets(N, C, dtype=torch.float64, path=tmp_path / name).state_dict()["rows"]
+        assert_close(rows, expected["terms.progressive.targets.rows"], rtol=1e-10, atol=1e-10)
 
 
-def test_of_ranks_that_share_a_file_one_writes_it_and_none_goes_on_before(on_ranks, tmp_path):
+def test_of_ranks_that_share_a_file_one_writes_it_and_none_goes_on_before(on_ranks, tmp_path, monkeypatch):
     """The second rank of the first machine comes late to the exchange's end: it must not put an old row over a new one."""
 
     def work(rank):
-        machine = rank // 2
-        store = CachedTargets(N, C, path=tmp_path / f"machine-{machine}")
+        store = CachedTargets(N, C, path=tmp_path / f"machine-{rank // 2}")
         dist.barrier()
-        writes = []
-        index_copy = torch.Tensor.index_copy_
         store.write(torch.tensor([rank]), torch.eye(C)[[rank % C]])
-        torch.Tensor.index_copy_ = lambda x, *args: (writes.append(rank), time.sleep(0.2), index_copy(x, *args))[2]
-        try:
-            store.advance_epoch()
-        finally:
-            torch.Tensor.index_copy_ = index_copy
+        writes.clear()
+        store.advance_epoch()
         return len(writes) > 0, store.read(torch.arange(4))[0].argmax(-1).tolist()
 
+    writes, index_copy = [], torch.Tensor.index_copy_
+    slow = lambda x, *args: (writes.append(x), time.sleep(0.2), index_copy(x, *args))[2]  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "index_copy_", slow)
     assert on_ranks(work, 4) == [(wrote, [0, 1, 2, 0]) for wrote in (True, False, True, False)]
 
 
@@ -250,13 +239,12 @@ def test_groups_of_ranks_train_apart(on_ranks):
     """Four ranks as two replicas of two, as on a mesh whose other axis is tensor parallelism."""
 
     def work(rank):
-        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        group = groups[rank // 2]
+        group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
         torch.manual_seed(rank)  # each rank has a discriminator of its own before the first update
         learner = Learner(process_group=group)
         if rank // 2:
             learner.network.weight.data.neg_()  # another model altogether
-        return facts(learner, train(Averaged(learner, group), learner, lambda batch: batch[dist.get_rank(group) :: 2]))
+        return trained(learner, averaged(learner, group), lambda batch: batch[dist.get_rank(group) :: 2])
 
     results = on_ranks(work, 4)
     assert_one_run(results[:2], alone())
@@ -268,214 +256,125 @@ def test_a_run_goes_on_with_another_number_of_ranks(on_ranks, tmp_path):
     """Four ranks, then one, then two, an epoch each."""
 
     def an_epoch(rank, epoch):
-        several = dist.is_initialized()
-        learner = Learner()
+        learner, several = Learner(), dist.is_initialized()
+        both = nn.ModuleDict({"network": learner.network, "criterion": learner.criterion})
         if epoch:
-            saved = torch.load(tmp_path / f"checkpoint-{epoch}", weights_only=True)
-            learner.network.load_state_dict(saved["network"])
-            learner.criterion.load_state_dict(saved["criterion"])
-        model = nn.parallel.DistributedDataParallel(learner) if several else learner
-        losses = train(model, learner, part_of(rank) if several else lambda batch: batch, [epoch])
+            both.load_state_dict(torch.load(tmp_path / f"checkpoint-{epoch}", weights_only=True))
+        model = DDP(learner) if several else learner
+        found = trained(learner, model, part_of(rank) if several else lambda batch: batch, [epoch])
         if rank == 0:
-            states = {"network": learner.network.state_dict(), "criterion": learner.criterion.state_dict()}
-            torch.save(states, tmp_path / f"checkpoint-{epoch + 1}")
-        return facts(learner, losses)
+            torch.save(both.state_dict(), tmp_path / f"checkpoint-{epoch + 1}")
+        return found
 
     expected = alone()
     on_ranks(lambda rank: an_epoch(rank, 0), 4)
     an_epoch(0, 1)
     results = on_ranks(lambda rank: an_epoch(rank, 2), 2)
-    expected["losses"] = expected["losses"][-2:]
-    assert_one_run(results, expected)
+    assert_one_run(results, expected | {"losses": expected["losses"][-2:]})
 
 
-def test_a_process_group_is_one_that_this_process_belongs_to(on_ranks):
+def test_a_process_group_is_one_that_this_process_belongs_to_and_is_not_pickled(on_ranks):
     def work(rank):
         others = [dist.new_group([r]) for r in range(2)][1 - rank]
         with pytest.raises(TypeError, match=r"`process_group` must be None or a torch.distributed.ProcessGroup"):
             CachedTargets(N, C, process_group=others)
-        own = ProgressiveKD(CachedTargets(N, C, process_group=dist.group.WORLD))
-        with pytest.raises(TypeError, match=r"A loss with a `process_group` cannot be pickled: save its `state_dict"):
-            pickle.dumps(own)
-        copied = copy.deepcopy(own)
-        copied.targets.write(torch.tensor([rank]), torch.eye(C)[[rank]])
-        copied.targets.advance_epoch()
-        return copied.targets.known.sum().item(), own.targets.known.sum().item()
+        with pytest.raises(TypeError) as error:
+            pickle.dumps(ProgressiveKD(CachedTargets(N, C, process_group=dist.group.WORLD)))
+        return str(error.value)
 
-    assert on_ranks(work) == [(2, 0), (2, 0)]
+    assert on_ranks(work) == ["A loss with a `process_group` cannot be pickled: save its `state_dict()`."] * 2
 
 
-def uneven(chunk_bytes):
-    """Rank 0 writes three rows, rank 1 five, one of which rank 0 has written too; in epoch 2 rank 1 writes nothing."""
+@pytest.mark.parametrize("others", [0, 1])
+def test_ranks_with_unequal_batches_take_the_joint_step_as_if_there_were_no_others(others, on_ranks, tmp_path):
+    """Two ranks, also as the last two of three."""
+    s, t = torch.randn(2, 7, C)
+
+    def build(seed, group=None):
+        torch.manual_seed(seed)
+        discriminator = MLPDiscriminator(C, hidden=(4,))
+        sgd = torch.optim.SGD(discriminator.parameters(), lr=0.1)
+        return AdversarialDistributionLoss(discriminator, optimizer=sgd, process_group=group)
 
     def work(rank):
-        from aikd_losses import _ranks
+        group = dist.new_group([1, 2]) if others else None
+        if rank < others:
+            return None
+        loss, part, reads = build(rank, group), slice(0, 2) if rank == others else slice(2, 7), []
+        value = loss.update(s[part], t[part])
+        for path in (None, tmp_path / "rows"):
+            store = CachedTargets(N, C, path=path, process_group=group)
+            store.write(torch.arange(N)[part], s[part].softmax(-1))
+            for each in (copy.deepcopy(store), store):  # the same two ranks have copies of it
+                each.advance_epoch()
+                reads.append(each.read(torch.arange(N)))
+        return value, {k: v.clone() for k, v in loss.discriminator.state_dict().items()}, reads
 
-        _ranks.CHUNK_BYTES = chunk_bytes
-        received, all_gather = [], dist.all_gather
-
-        def counting(tensors, *args, **kwargs):
-            received.append(tensors[0].numel() * tensors[0].element_size())
-            all_gather(tensors, *args, **kwargs)
-
-        dist.all_gather = counting
-        results = []
-        for store in (CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=2)):
-            written = {0: [0, 1, 2], 1: [2, 9, 11, 13, 15]}[rank]
-            store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
-            store.advance_epoch()
-            if not results:
-                dist.all_gather = all_gather
-            if rank == 0:
-                store.write(torch.tensor([15]), torch.eye(C)[[2]])
-            store.advance_epoch()
-            results.append(store.read(torch.arange(N)))
-        return results, received
-
-    return work
+    *nothing, first, second = on_ranks(work, 2 + others)
+    assert nothing == [None] * others
+    assert_close(first[:2], second[:2], rtol=0, atol=0)
+    joint = build(others)  # the discriminator of the first of the two
+    assert_close(first[0], joint.update(s, t))
+    assert_close(first[1], dict(joint.discriminator.state_dict()))
+    for probs, known in first[2] + second[2]:
+        assert known.nonzero().flatten().tolist() == list(range(7))
+        assert_close(probs[:7], s.softmax(-1), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("chunk_bytes", "lengths"), [(1, [1, 1, 1, 1, 1]), (60, [2, 2, 1]), (149, [4, 1]), (150, [5]), (2**26, [5])]
 )
-def test_uneven_ranks_and_one_that_wrote_nothing_exchange_their_rows_in_chunks(chunk_bytes, lengths, on_ranks):
-    (first, received), (second, other_received) = on_ranks(uneven(chunk_bytes))
-    for (probs, known), (other_probs, other_known), ema in zip(first, second, (False, True, False), strict=True):
-        assert torch.equal(probs, other_probs)
-        assert torch.equal(known, other_known)
+def test_uneven_ranks_and_one_that_wrote_nothing_exchange_their_rows_in_chunks(
+    chunk_bytes, lengths, on_ranks, monkeypatch
+):
+    """Rank 0 writes three rows, rank 1 five, one of which rank 0 has written too; in epoch 2 rank 1 writes nothing."""
+
+    def counting(tensors, *args, **kwargs):
+        received.append(tensors[0].numel() * tensors[0].element_size())
+        all_gather(tensors, *args, **kwargs)
+
+    def work(rank):
+        results, sizes = [], []
+        for store in (CachedTargets(N, C), EMATargets(N, C, decay=0.5), CachedTargets(N, C, top_k=2)):
+            written = [[0, 1, 2], [2, 9, 11, 13, 15]][rank]
+            store.write(torch.tensor(written), torch.eye(C)[[rank] * len(written)])
+            store.advance_epoch()
+            sizes = sizes or list(received)
+            if rank == 0:
+                store.write(torch.tensor([15]), torch.eye(C)[[2]])
+            store.advance_epoch()
+            results.append(store.read(torch.arange(N)))
+        return results, sizes
+
+    received, all_gather = [], dist.all_gather
+    monkeypatch.setattr(_ranks, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dist, "all_gather", counting)
+    first, second = on_ranks(work)
+    assert_close(first[0], second[0], rtol=0, atol=0)
+    for (probs, known), last in zip(first[0], ([0, 0, 1], [0, 0.5, 0.5], [0, 0, 1]), strict=True):
         assert known.nonzero().flatten().tolist() == [0, 1, 2, 9, 11, 13, 15]
         assert probs[[0, 1]].argmax(-1).tolist() == [0, 0]
         assert probs[[2, 9, 11, 13]].argmax(-1).tolist() == [1, 1, 1, 1]  # of two ranks the higher one wins
-        assert probs[15].tolist() == ([0, 0.5, 0.5] if ema else [0, 0, 1])
+        assert probs[15].tolist() == last
     # First which file and how many rows. A row: the id (8 bytes), three classes in float16 (6) and whether it is known (1).
-    assert received == other_received == [8, 8] + [length * size for length in lengths for size in (8, 6, 1)]
+    assert first[1] == second[1] == [8, 8] + [length * size for length in lengths for size in (8, 6, 1)]
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "sent"),
-    [
-        ("nccl", "cpu", True),
-        ("nccl", "cuda", False),
-        ("gloo", "cpu", False),
-        ("cpu:gloo,cuda:nccl", "cpu", False),
-        ("mpi", "cpu", False),
-    ],
+    [("nccl", "cpu", True), ("nccl", "cuda", False), ("gloo", "cpu", False), ("cpu:gloo,cuda:nccl", "cpu", False)],
 )
 def test_what_is_on_the_cpu_goes_through_the_gpu_where_the_backend_knows_no_other_way(
     backend, device, sent, monkeypatch
 ):
-    """With a stand-in for the tensor, as there is no GPU here."""
-    from aikd_losses._ranks import Ranks
+    """With stand-ins, as there is no GPU here."""
 
-    class Stored:
-        def __init__(self, device):
-            self.device, self.to = torch.device(device), Stored
+    def stored(device):
+        return SimpleNamespace(device=torch.device(device), to=stored)
 
-    group = object()
-    ranks = Ranks(None)
-    ranks.group = group
-    monkeypatch.setattr(dist, "get_backend", {group: backend}.__getitem__)
+    monkeypatch.setattr(dist, "get_backend", lambda group: backend)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    x = Stored(device)
-    assert ranks._reachable(x).device == torch.device("cuda:3" if sent else device)
-    assert (ranks._reachable(x) is x) != sent
-
-
-def of_unequal_size(rank):
-    torch.manual_seed(rank)
-    discriminator = MLPDiscriminator(C, hidden=(4,))
-    sgd = torch.optim.SGD(discriminator.parameters(), lr=0.1)
-    loss = AdversarialDistributionLoss(discriminator, optimizer=sgd)
-    s, t = torch.randn(2, 7, C, generator=torch.Generator().manual_seed(5))
-    part = slice(0, 2) if rank == 0 else slice(2, 7)
-    value = loss.update(s[part], t[part])
-    return value, {k: v.clone() for k, v in discriminator.state_dict().items()}
-
-
-def test_ranks_with_unequal_batches_take_the_step_of_the_joint_one(on_ranks):
-    (value, first), (other_value, second) = on_ranks(of_unequal_size)
-    torch.manual_seed(0)  # rank 0's discriminator
-    discriminator = MLPDiscriminator(C, hidden=(4,))
-    loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
-    s, t = torch.randn(2, 7, C, generator=torch.Generator().manual_seed(5))
-    expected = loss.update(s, t)
-    torch.testing.assert_close(value, expected)
-    assert torch.equal(value, other_value)
-    for name, weight in discriminator.state_dict().items():
-        torch.testing.assert_close(first[name], weight)
-        assert torch.equal(first[name], second[name])
-
-
-@pytest.mark.parametrize("where", ["one", "each", "some"])
-def test_ranks_that_share_a_file_or_have_one_each_or_none_all_hold_what_both_wrote(where, on_ranks, tmp_path):
-    """Each rank writes rows of its own, and one that both write."""
-
-    def work(rank):
-        path = {"one": tmp_path / "rows", "each": tmp_path / f"rows {rank}", "some": [None, tmp_path / "rows"][rank]}[
-            where
-        ]
-        store = CachedTargets(N, C, path=path)
-        seen = []
-        for epoch in range(3):
-            store.write(torch.tensor([epoch, 8 + rank]), torch.eye(C)[[(rank + epoch) % C] * 2])
-            store.advance_epoch()
-            dist.barrier()
-            seen.append(tuple(x.clone() for x in store.read(torch.arange(N))))
-            assert path is None or path.read_bytes()[4080:4096] == bytes(16)  # nobody is writing
-            dist.barrier()
-        return seen
-
-    first, second = on_ranks(work)
-    for epoch, reads in enumerate(zip(first, second, strict=True)):
-        assert torch.equal(reads[0][0], reads[1][0])
-        for probs, known in reads:
-            assert known.nonzero().flatten().tolist() == [*range(epoch + 1), 8, 9]
-            assert probs[[8, 9]].argmax(-1).tolist() == [epoch % C, (1 + epoch) % C]
-    for path in tmp_path.glob("rows*"):
-        assert CachedTargets(N, C, path=path).read(torch.arange(3))[1].all()
-
-
-def in_a_group_of_two(path):
-    """Of three ranks the last two train together."""
-
-    def work(rank):
-        group = dist.new_group([1, 2])
-        if rank == 0:
-            return None
-        torch.manual_seed(rank)
-        discriminator = MLPDiscriminator(C, hidden=(4,))
-        sgd = torch.optim.SGD(discriminator.parameters(), lr=0.1)
-        loss = AdversarialDistributionLoss(discriminator, optimizer=sgd, process_group=group)
-        stores = CachedTargets(N, C, process_group=group), CachedTargets(N, C, path=path, process_group=group)
-        s, t = torch.randn(2, 7, C, generator=torch.Generator().manual_seed(5))
-        part = slice(0, 2) if rank == 1 else slice(2, 7)
-        value = loss.update(s[part], t[part])
-        reads = []
-        for store in stores:
-            store.write(torch.arange(N)[part], s[part].softmax(-1))
-            copy.deepcopy(store).advance_epoch()  # which the same two ranks do
-            store.advance_epoch()
-            reads.append(store.read(torch.arange(N)))
-        with pytest.raises(TypeError) as error:
-            pickle.dumps(stores[0])
-        return value, {k: v.clone() for k, v in discriminator.state_dict().items()}, reads, str(error.value)
-
-    return work
-
-
-def test_a_group_of_ranks_trains_as_if_there_were_no_others(on_ranks, tmp_path):
-    nothing, *both = on_ranks(in_a_group_of_two(tmp_path / "rows"), world=3)
-    assert nothing is None
-    torch.manual_seed(1)  # the discriminator of the group's first rank
-    discriminator = MLPDiscriminator(C, hidden=(4,))
-    loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
-    s, t = torch.randn(2, 7, C, generator=torch.Generator().manual_seed(5))
-    expected = loss.update(s, t)
-    for value, state, reads, error in both:
-        torch.testing.assert_close(value, expected)
-        for name, weight in discriminator.state_dict().items():
-            torch.testing.assert_close(state[name], weight)
-        for probs, known in reads:
-            assert known.nonzero().flatten().tolist() == list(range(7))
-            torch.testing.assert_close(probs[:7], s.softmax(-1), rtol=1e-3, atol=1e-4)
-        assert error == "A loss with a `process_group` cannot be pickled: save its `state_dict()`."
+    x = stored(device)
+    found = _ranks.Ranks(None)._reachable(x)
+    assert found.device == torch.device("cuda:3" if sent else device)
+    assert (found is x) != sent
