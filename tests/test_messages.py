@@ -96,14 +96,19 @@ class World:
         store.write(self.i[:2], self.p[:2])
         return store
 
-    def right(self, name: str) -> Any:
-        """An argument that nobody refuses."""
+    def fitting(self) -> dict[str, Any]:
+        """Arguments that nobody refuses."""
         right = dict(student_logits=self.s, teacher_logits=self.t, target=self.y, condition=self.y, mask=self.mask)
-        right |= dict(index=self.i, partner_index=self.i, mix_lambda=0.5, previous=self.p, probs=self.p, x=self.p)
+        right |= dict(
+            index=self.i, partner_index=self.i.flip(0), mix_lambda=0.5, previous=self.p, probs=self.p, x=self.p
+        )
         right |= dict(known=self.mask, keep=self.mask, num_samples=N, num_classes=C, num_epochs=4, epoch=2)
         right |= dict(alpha=0.5, end=0.8, weight=1.0, gamma=1.0, terms={"kd": DeterministicKD()}, dataset=[1])
         right |= dict(targets=self.store, discriminator=self.mlp, model=self.mlp, student=len)
-        return right.get(name, torch.ones(N, C))  # a part of a linear head
+        return right
+
+    def right(self, name: str) -> Any:
+        return self.fitting().get(name, torch.randn(N, C))  # a part of a linear head
 
     def parts(self) -> list[nn.Module]:
         return [thing for thing in vars(self).values() if isinstance(thing, nn.Module)]
@@ -121,6 +126,13 @@ def state(parts: list[nn.Module]) -> dict[str, Any]:
     return found
 
 
+def unchanged(before: dict[str, Any], parts: list[nn.Module]) -> None:
+    after = state(parts)
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) if isinstance(x, torch.Tensor) else x == after[name], f"{name} was changed"
+
+
 def refused(call: Callable[[], Any], parts: list[nn.Module], sentence: str) -> None:
     name, _, sentence = sentence.partition(": ")
     error = getattr(builtins, name)
@@ -128,10 +140,7 @@ def refused(call: Callable[[], Any], parts: list[nn.Module], sentence: str) -> N
     with pytest.raises(error, match=f"^{re.escape(sentence).replace('…', '.*')}$") as caught:
         call()
     assert type(caught.value) is error
-    after = state(parts)
-    assert before.keys() == after.keys()
-    for name, x in before.items():
-        assert torch.equal(x, after[name]) if isinstance(x, torch.Tensor) else x == after[name], f"{name} was changed"
+    unchanged(before, parts)
 
 
 # ---------------------------------------------------------------------------------------------- an argument that is wrong
