@@ -9,24 +9,22 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
+import _data as data_of
+import _networks as networks
+import _report as reporting
+import cifar_train as example
+import example_seeds
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributed.launcher import LaunchConfig, elastic_launch
-
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "examples" / "cifar_train.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import _data as data_of  # noqa: E402
-import _networks as networks  # noqa: E402
-import _report as reporting  # noqa: E402
-import cifar_train as example  # noqa: E402
 
 SMALL = ["--train-size", "256", "--validation-size", "100", "--epochs", "3", "--batch-size", "64", "--lr", "0.1",
          "--label-noise", "0"]  # fmt: skip
@@ -58,10 +56,12 @@ def checkpoint(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-def weights(out):
-    """What a checkpoint holds but for seconds."""
-    saved = checkpoint(out)
-    return {key: saved[key] for key in ("phase", "epoch", "teacher", "model", "criterion", "optimizer")}
+def goes_on_as_the_whole_run(whole, out, resume=True):
+    """To the same numbers and, but for seconds, the same checkpoint, bit for bit."""
+    assert run(out, *["--resume"] * resume) == whole[1]
+    ours, theirs = map(checkpoint, (out, whole[0]))
+    for key in ("phase", "epoch", "teacher", "model", "criterion", "optimizer"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
 
 def loaded(*argv):
@@ -144,10 +144,16 @@ def test_a_run_leaves_a_picture_a_log_and_a_checkpoint_and_its_table_fits_a_term
 
 
 @pytest.mark.parametrize(
-    ("name", "writes"), [("checkpoint.pt", 0), ("checkpoint.pt", 2), ("checkpoint.pt", 3), ("log.jsonl", 4)]
+    ("name", "writes", "saved"),
+    [
+        ("checkpoint.pt", 0, "epoch 0 of the pre-trained model"),
+        ("checkpoint.pt", 2, "epoch 2 of the pre-trained model"),
+        ("checkpoint.pt", 3, "epoch 0 of the student model"),
+        ("log.jsonl", 4, "epoch 2 of the student model"),
+    ],
 )
 def test_a_run_stopped_while_it_writes_and_resumed_is_the_whole_one_bit_for_bit(
-    name, writes, whole, tmp_path, monkeypatch, capsys
+    name, writes, saved, whole, tmp_path, monkeypatch, capsys
 ):
     """Ctrl-C before the new file takes the old one's place: in either phase, with nothing saved of it or something."""
     replace, left = os.replace, itertools.count(writes, -1)
@@ -161,42 +167,31 @@ def test_a_run_stopped_while_it_writes_and_resumed_is_the_whole_one_bit_for_bit(
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path)
     assert stopped.value.code == 130
-    epoch = {0: 0, 2: 2, 3: 0, 4: 2}[writes]
-    saved = f"epoch {epoch} of the {'pre-trained' if writes < 3 else 'student'} model"
     assert f"Interrupted; saved: {saved}. Go on with --resume." in capsys.readouterr().out
     monkeypatch.setattr(os, "replace", replace)
     torch.randn(7)  # what the generator's state is does not matter
-    out, expected = whole
-    assert run(tmp_path, *(["--resume"] if writes else [])) == expected
-    torch.testing.assert_close(weights(tmp_path), weights(out), rtol=0, atol=0)
+    goes_on_as_the_whole_run(whole, tmp_path, resume=writes > 0)
 
 
 @pytest.mark.slow
 def test_a_process_stopped_at_random_moments_ends_with_the_numbers_of_the_whole_run(whole, tmp_path):
     """By Ctrl-C in the first phase, by SIGKILL in the second: in an epoch, in writing a checkpoint, whenever."""
-    random = np.random.default_rng()
-    out, expected = whole
+    random, log = np.random.default_rng(), tmp_path / "log.jsonl"
     for how, code, epochs, resume in ((signal.SIGINT, 130, 1, []), (signal.SIGKILL, -9, 4, ["--resume"])):
         process = FORK.Process(target=hearing, args=(tmp_path, *resume))
         process.start()
-        while process.is_alive() and not has_epochs(tmp_path, epochs):
+        while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) > epochs):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
         os.kill(process.pid, how)
         process.join(60)
         assert process.exitcode == code
-    assert run(tmp_path, "--resume") == expected
-    torch.testing.assert_close(weights(tmp_path), weights(out), rtol=0, atol=0)
+    goes_on_as_the_whole_run(whole, tmp_path)
 
 
 def hearing(*args):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is deaf
     run(*args)
-
-
-def has_epochs(out, count):
-    log = out / "log.jsonl"
-    return log.exists() and len(log.read_text().splitlines()) > count
 
 
 @pytest.mark.slow
@@ -266,29 +261,40 @@ def test_the_losses_and_the_network_compile(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-@pytest.fixture
-def idx_folder(tmp_path):
-    """Files as those of the full Fashion-MNIST, a few images of noise: one gzipped, the others not."""
-    folder = tmp_path / "idx"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for part, count in (("train", 60), ("t10k", 10)):
-        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = b"".join(n.to_bytes(4, "big") for n in (0x801, count))
-        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
-    return folder
+def as_idx_files(folder, part, images, labels):
+    """As those of the full Fashion-MNIST: one gzipped, the other not."""
+    part = {"train": "train", "test": "t10k"}[part]
+    header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+    (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(labels)))
+    (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + bytes(labels)))
 
 
-@pytest.mark.parametrize("model", ["resnet18", "cnn", "mlp"])
-def test_every_network_trains_on_idx_files_with_augmentation(model, idx_folder, tmp_path):
-    argv = ["--dataset", "fashion-mnist", "--data-dir", idx_folder, "--train-size", 16, "--validation-size", 10,
+def as_parquet_files(label, folder, part, images, labels):
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), label: datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"img": list(images), label: labels}, features=features)
+    rows.to_parquet(str(folder / f"{part}-00000-of-00001.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "size", "write", "model"),
+    [
+        ("fashion-mnist", (28, 28), as_idx_files, "resnet18"),
+        ("fashion-mnist", (28, 28), as_idx_files, "mlp"),
+        ("cifar10", (32, 32, 3), functools.partial(as_parquet_files, "label"), "cnn"),
+        ("cifar100", (32, 32, 3), functools.partial(as_parquet_files, "fine_label"), "cnn"),
+    ],
+)
+def test_files_are_read_and_every_network_trains_on_them_with_augmentation(dataset, size, write, model, tmp_path):
+    for part, count in (("train", 60), ("test", 10)):
+        images = np.random.default_rng(0).integers(0, 256, (count, *size), dtype=np.uint8)
+        write(tmp_path, part, images, [i % 10 for i in range(count)])
+    argv = ["--dataset", dataset, "--data-dir", tmp_path, "--train-size", 16, "--validation-size", 10,
             "--batch-size", 8]  # fmt: skip
     data = loaded(*argv)
-    images = np.frombuffer((idx_folder / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(10, 1, 28, 28)
-    assert np.array_equal(data.test[0].numpy(), images)
+    assert np.array_equal(data.test[0].numpy(), images.reshape(10, *size[:2], -1).transpose(0, 3, 1, 2))
     assert data.test[1].tolist() == list(range(10))
     assert [len(labels) for _, labels in (data.train, data.validation)] == [16, 10]
     head, _, _ = run(tmp_path / "out", *argv, "--model", model, "--epochs", 1, "--augment")
@@ -301,25 +307,6 @@ def test_the_resnet_is_of_the_known_size():
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(11.17e6, rel=1e-3)
     assert len([m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]) == 17
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-
-
-@pytest.mark.parametrize(("name", "image", "label"), [("cifar10", "img", "label"), ("cifar100", "img", "fine_label")])
-def test_cifar_is_read_from_parquet_files(name, image, label, tmp_path):
-    import datasets
-
-    random = np.random.default_rng(0)
-    pixels = {}
-    for part, count in (("train", 40), ("test", 10)):
-        pixels[part] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        features = datasets.Features({image: datasets.Image(), label: datasets.Value("int64")})
-        columns = {image: list(pixels[part]), label: [i % 10 for i in range(count)]}
-        path = tmp_path / f"{part}-00000-of-00001.parquet"
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    argv = ["--dataset", name, "--data-dir", str(tmp_path), "--validation-size", "10", "--batch-size", "10"]
-    data = loaded(*argv)
-    assert np.array_equal(data.test[0].numpy(), pixels["test"].transpose(0, 3, 1, 2))
-    assert data.test[1].tolist() == list(range(10))
-    example.main([*argv, "--model", "cnn", "--epochs", "1", "--out", str(tmp_path / "out")])
 
 
 def test_the_embedded_images_are_small_balanced_and_licensed():
@@ -364,25 +351,6 @@ def test_augmentation_shifts_by_up_to_four_pixels_and_flips():
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def test_calibration_error_is_the_naive_loop():
-    logits, target = 3 * torch.randn(200, 5), torch.randint(5, (200,))
-    bins = [[] for _ in range(15)]
-    for row, label in zip(logits.softmax(-1).tolist(), target.tolist(), strict=True):
-        bins[min(int(max(row) * 15), 14)].append((max(row), row.index(max(row)) == label))
-    gaps = [abs(sum(c for c, _ in b) - sum(right for _, right in b)) for b in bins if b]
-    measured = reporting.measure(logits, target)
-    assert measured["ece"] == pytest.approx(100 * sum(gaps) / 200, abs=1e-3)
-    assert measured["accuracy"] == pytest.approx(100 * (logits.argmax(-1) == target).double().mean().item())
-    assert measured["nll"] == pytest.approx(-logits.log_softmax(-1)[range(200), target].mean().item())
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_fitted_temperature_undoes_a_scale(temperature):
-    logits = torch.randn(20_000, 4)
-    target = torch.distributions.Categorical(logits=logits).sample()
-    assert reporting.fit_temperature(temperature * logits, target) == pytest.approx(temperature, rel=0.1)
-
-
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
     values = [example.learning_rate(progress / 100, 0.1) for progress in range(101)]
     assert values[0] == 0.0
@@ -392,6 +360,9 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+OFFLINE = "cannot be had (ConnectionError: Couldn't reach the hub). Pass --data-dir with"
 
 
 @pytest.mark.parametrize(
@@ -410,11 +381,35 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
         ("--data-dir nowhere", "--data-dir nowhere is no folder."),
         ("--device cuda", "--device cuda: no GPU is to be had. Pass --device cpu."),
         ("--lr 1e9", "training diverged in epoch 1 of the pre-trained model. Pass a smaller --lr (now 1000000000.0)."),
+        (
+            "--dataset cifar100",
+            f"cifar100 {OFFLINE} the parquet files of uoft-cs/cifar100 … or leave --dataset out for the",
+        ),
+        (
+            "--dataset fashion-mnist",
+            f"fashion-mnist {OFFLINE} … or its four IDX files, or leave --dataset out for the emb",
+        ),
+        (
+            "--dataset cifar10 --data-dir empty",
+            "holds no train*.parquet and test*.parquet. Pass … files of uoft-cs/cifar10",
+        ),
+        (
+            "--dataset fashion-mnist --data-dir idx",
+            "has no train-images-idx3-ubyte.gz; pass the folder of the four IDX files",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(argv, sentence, tmp_path, capsys, monkeypatch):
+    def offline(*args, **settings):
+        raise ConnectionError("Couldn't reach the hub\nand a long story")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert sentence in refused(["--out", tmp_path, *argv.split()], capsys)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "idx"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "idx" / "t10k-labels-idx1-ubyte").touch()
+    assert re.search(re.escape(sentence).replace("…", ".*"), refused(["--out", tmp_path, *argv.split()], capsys))
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -429,50 +424,25 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_up(tmp_path, capsys):
     assert run(tmp_path, "--epochs", 1, "--overwrite") == first
 
 
-def test_data_that_cannot_be_had_is_one_line_that_says_what_to_pass(idx_folder, tmp_path, capsys, monkeypatch):
-    import datasets
-
-    def offline(*args, **settings):
-        raise ConnectionError("Couldn't reach the hub\nand a long story")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    for name, instead in (("cifar100", "uoft-cs/cifar100"), ("fashion-mnist", "or its four IDX files")):
-        message = refused(["--dataset", name, "--out", tmp_path], capsys)
-        assert f"{name} cannot be had (ConnectionError: Couldn't reach the hub). Pass --data-dir" in message
-        assert instead in message
-        assert "or leave --dataset out for the embedded images" in message
-    message = refused(["--dataset", "cifar10", "--data-dir", tmp_path, "--out", tmp_path], capsys)
-    assert (
-        "holds no train*.parquet and test*.parquet. Pass --data-dir with the parquet files of uoft-cs/cifar10"
-        in message
-    )
-    (idx_folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    message = refused(["--dataset", "fashion-mnist", "--data-dir", idx_folder, "--out", tmp_path], capsys)
-    assert "has no t10k-labels-idx1-ubyte.gz; pass the folder of the four IDX files" in message
-
-
 # ---------------------------------------------------------------------------------------------------------- over seeds
 
 
 def test_the_summary_over_seeds_is_that_of_its_runs(tmp_path, monkeypatch, capsys):
-    seeds = load_script(ROOT / "benchmarks" / "example_seeds.py")
-    run_one, written = seeds.run, tmp_path / "results.json"
-    monkeypatch.setattr(seeds, "run", lambda argv: run_one([*SMALL, "--epochs", "1", *argv]))
+    run_one, written = example_seeds.run, tmp_path / "results.json"
+    monkeypatch.setattr(example_seeds, "run", lambda argv: run_one([*SMALL, "--epochs", "1", *argv]))
     monkeypatch.setattr(sys, "argv", ["seeds", "--seeds", "3", "--weight-decays", "5e-4", "--out", str(written)])
-    seeds.main()
+    example_seeds.main()
     runs = json.loads(written.read_text())["runs"]
     assert [(r["weight_decay"], r["seed"]) for r in runs] == [(0.0005, seed) for seed in range(3)]
-    plain, student = ([r[name] for r in runs] for name in ("pre-trained", "student"))
 
-    def mean(values, form):
+    def mean(form, measured):
+        values = [measured(r["pre-trained"], r["student"]) for r in runs]
         return f"{np.mean(values):{form}} ± {np.std(values, ddof=1) / 3**0.5:{form.strip('+')}}"
 
-    def differences(key):
-        return np.array([s[key] - p[key] for p, s in zip(plain, student, strict=True)])
-
-    held, test = (mean([p[key] for p in plain], ".2f") for key in ("validation_accuracy", "accuracy"))
-    points, nll = differences("accuracy"), differences("nll_scaled")
+    held, test = (mean(".2f", lambda p, s, key=key: p[key]) for key in ("validation_accuracy", "accuracy"))
+    points = mean("+.2f", lambda p, s: s["accuracy"] - p["accuracy"])
+    nll = mean("+.3f", lambda p, s: s["nll_scaled"] - p["nll_scaled"])
     *head, row = capsys.readouterr().out.splitlines()[:3]
     assert head == ["| weight decay | plain: validation, test accuracy % | student minus plain, points (NLL scaled) |",
                     "|---|---|---|"]  # fmt: skip
-    assert row == f"| 0.0005 (the example) | {held}, {test} | {mean(points, '+.2f')} ({mean(nll, '+.3f')}) |"
+    assert row == f"| 0.0005 (the example) | {held}, {test} | {points} ({nll}) |"

@@ -42,6 +42,7 @@ from aikd_losses.functional import deterministic_kd, progressive_kd
 N, C = 4, 3
 NAN, INF = math.nan, math.inf
 F8 = torch.float8_e4m3fn
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Conditional(nn.Module):
@@ -95,24 +96,19 @@ class World:
         store.write(self.i[:2], self.p[:2])
         return store
 
+    def fitting(self) -> dict[str, Any]:
+        """Arguments that nobody refuses."""
+        right = dict(student_logits=self.s, teacher_logits=self.t, target=self.y, condition=self.y, mask=self.mask)
+        right |= dict(
+            index=self.i, partner_index=self.i.flip(0), mix_lambda=0.5, previous=self.p, probs=self.p, x=self.p
+        )
+        right |= dict(known=self.mask, keep=self.mask, num_samples=N, num_classes=C, num_epochs=4, epoch=2)
+        right |= dict(alpha=0.5, end=0.8, weight=1.0, gamma=1.0, terms={"kd": DeterministicKD()}, dataset=[1])
+        right |= dict(targets=self.store, discriminator=self.mlp, model=self.mlp, student=len)
+        return right
+
     def right(self, name: str) -> Any:
-        """An argument that nobody refuses."""
-        known = {"target": "y", "index": "i", "partner_index": "i", "condition": "y", "keep": "mask", "known": "mask"}
-        known |= {"student_logits": "s", "teacher_logits": "t", "previous": "p", "probs": "p", "x": "p", "mask": "mask"}
-        known |= {"targets": "store", "discriminator": "mlp", "model": "mlp"}
-        if name in known:
-            return getattr(self, known[name])
-        values = {
-            "num_samples": N,
-            "num_classes": C,
-            "num_epochs": 4,
-            "alpha": 0.5,
-            "end": 0.8,
-            "weight": 1.0,
-            "epoch": 2,
-        }
-        values |= {"gamma": 1.0, "mix_lambda": 0.5, "terms": {"kd": DeterministicKD()}, "dataset": [1], "student": len}
-        return values.get(name, torch.ones(N, C))  # a part of a linear head
+        return self.fitting().get(name, torch.randn(N, C))  # a part of a linear head
 
     def parts(self) -> list[nn.Module]:
         return [thing for thing in vars(self).values() if isinstance(thing, nn.Module)]
@@ -130,6 +126,13 @@ def state(parts: list[nn.Module]) -> dict[str, Any]:
     return found
 
 
+def unchanged(before: dict[str, Any], parts: list[nn.Module]) -> None:
+    after = state(parts)
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) if isinstance(x, torch.Tensor) else x == after[name], f"{name} was changed"
+
+
 def refused(call: Callable[[], Any], parts: list[nn.Module], sentence: str) -> None:
     name, _, sentence = sentence.partition(": ")
     error = getattr(builtins, name)
@@ -137,10 +140,7 @@ def refused(call: Callable[[], Any], parts: list[nn.Module], sentence: str) -> N
     with pytest.raises(error, match=f"^{re.escape(sentence).replace('…', '.*')}$") as caught:
         call()
     assert type(caught.value) is error
-    after = state(parts)
-    assert before.keys() == after.keys()
-    for name, x in before.items():
-        assert torch.equal(x, after[name]) if isinstance(x, torch.Tensor) else x == after[name], f"{name} was changed"
+    unchanged(before, parts)
 
 
 # ---------------------------------------------------------------------------------------------- an argument that is wrong
@@ -156,6 +156,11 @@ def module(forward):
     return type("Own", (nn.Module,), {"forward": forward})()
 
 
+def one_of(*choices, also=()):
+    said = ", ".join(map(repr, choices))
+    return {f"ValueError: `{{name}}` must be one of {said}; got {{got}}.": ["avg", None, 1, torch.int8, *also]}
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -165,6 +170,8 @@ LONG = Of(lambda x: x.long())
 FIRST = Of(lambda x: x[:1])
 COLUMN = Of(lambda x: x[:, None])
 META = Of(lambda x: x.to("meta"))
+OUTPUT = Of(lambda x: SimpleNamespace(logits=x))
+ZEROS_LEFT_OUT = Of(lambda x: x.detach().to_sparse())
 SGD = torch.optim.SGD([torch.zeros(1)])
 
 # What is said, and for which values. {name} stands for the argument's, {got} for the value as it shows itself.
@@ -172,10 +179,8 @@ DENSE = "TypeError: `{name}` must be a dense tensor; got %s. Pass `{name}.to_den
 SPARSE, NESTED = DENSE % "torch.sparse_coo", DENSE % "a nested tensor"
 TENSOR = {
     "TypeError: `{name}` must be a torch.Tensor; got list.": [Of(lambda x: x.tolist())],
-    "TypeError: `{name}` must be a torch.Tensor; got SimpleNamespace. Pass its `.logits`.": [
-        Of(lambda x: SimpleNamespace(logits=x))
-    ],
-    SPARSE: [Of(lambda x: x.detach().to_sparse())],
+    "TypeError: `{name}` must be a torch.Tensor; got SimpleNamespace. Pass its `.logits`.": [OUTPUT],
+    SPARSE: [ZEROS_LEFT_OUT],
     NESTED: [Of(lambda x: torch.nested.as_nested_tensor([x.detach()], layout=torch.jagged))],
 }
 TYPE_F8 = (
@@ -293,12 +298,12 @@ WRONG = {
     },
     "temperature": POSITIVE,
     "reduction": {
-        "ValueError: `{name}` must be one of 'mean', 'sum', 'none'; got {got}.": ["avg", None, 1],
+        **one_of("mean", "sum", "none"),
         "ValueError: `{name}` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already the "
         "mean over samples (over positions, where there are several a sample).": ["batchmean"],
     },
     "class_dim": INTEGER,
-    "divergence": {"ValueError: `{name}` must be one of 'forward_kl', 'reverse_kl', 'js'; got {got}.": ["kl", None]},
+    "divergence": one_of("forward_kl", "reverse_kl", "js"),
     **dict.fromkeys(["beta", "decay"], SHARE),
     "alpha": SCHEDULE,
     **dict.fromkeys(["num_samples", "num_epochs"], COUNT),
@@ -308,11 +313,7 @@ WRONG = {
         "ValueError: `{name}` must be at least 1; got {got}.": [0],
         "ValueError: `{name}` must be between 1 and 3; got {got}.": [4],
     },
-    "dtype": {
-        "ValueError: `{name}` must be one of torch.float16, torch.bfloat16, torch.float32, torch.float64; got {got}.": [
-            *(torch.int8, F8, "float16", np.array([1, 2]))
-        ]
-    },
+    "dtype": one_of(*STORED, also=[F8, "float16", np.array([1, 2])]),
     "path": {"TypeError: `{name}` must be a str or os.PathLike; got {got}.": [3, b"x"]},
     "process_group": {
         "TypeError: `{name}` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a DeviceMesh: "
@@ -325,11 +326,8 @@ WRONG = {
     "discriminator": {
         "TypeError: `{name}` must be an nn.Module (an instance); got {got}.": [torch.sum, MLPDiscriminator]  # a class
     },
-    "objective": {
-        "ValueError: `{name}` must be one of 'non_saturating', 'least_squares', 'hinge', 'wasserstein', 'relativistic'; got "
-        "{got}.": ["gan", None]
-    },
-    "inputs": {"ValueError: `{name}` must be one of 'probs', 'log_probs', 'logits'; got {got}.": ["prob", None]},
+    "objective": one_of("non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"),
+    "inputs": one_of("probs", "log_probs", "logits"),
     "optimizer": {
         "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got str.": ["adam"],
         "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got SimpleNamespace.": [
@@ -382,9 +380,7 @@ WRONG_OF = {  # where an argument of one entry is not what it is of others
         "ValueError: `{name}` must be a number or have the shape (4,); got (4, 1).": [torch.ones(N, 1)],
         f"{UNIT} values in [0, 2].": [torch.tensor([0, 0.5, 1, 2])],
     },
-    ("functional.linear_deterministic_kd", "reduction"): {
-        "ValueError: `{name}` must be one of 'mean', 'sum'; got {got}.": ["batchmean", "none", None]
-    },
+    ("functional.linear_deterministic_kd", "reduction"): one_of("mean", "sum", also=["batchmean", "none"]),
     ("AdversarialObjective", "discriminator"): {},  # a function of scores
     ("LossStack", "weights"): {
         **OF_TERMS,
@@ -481,15 +477,8 @@ def test_every_argument_of_every_entry_has_wrong_values():
     world = World()
     taken = {(entry, name) for entry in ENTRIES for name in arguments(entry, world)}
     without = {name for entry, name in taken if (entry, name) not in WRONG_OF} - set(WRONG)
-    assert without == OF_LINEAR | {
-        "device",
-        "penalty",
-        "learning_rate",
-        "copy",
-        "paired",
-        "keep",
-        "student",
-    }  # in torch's and Python's own words
+    left_to_python = {"device", "penalty", "learning_rate", "copy", "paired", "keep", "student"}  # or to torch
+    assert without == OF_LINEAR | left_to_python
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -513,36 +502,36 @@ def adversarial(discriminator, **settings):
 ODD_STORE = SimpleNamespace(read=lambda at: (torch.zeros(len(at) - 1, C), at > 0), write=len, advance_epoch=len)
 
 
-def with_axis(axis):
-    """The losses, each with a class axis that logits of two axes do not have."""
-    return [
-        lambda w: deterministic_kd(w.s, w.t, class_dim=axis),
-        lambda w: progressive_kd(w.s, w.p, alpha=0.5, class_dim=axis),
-        lambda w: DeterministicKD(class_dim=axis)(w.s, w.t),
-        lambda w: ProgressiveKD(w.store, class_dim=axis)(w.s, index=None),
-        lambda w: ProgressiveKD(w.store, class_dim=axis).update(w.s, index=w.i),
-        lambda w: adversarial(w.mlp, class_dim=axis)(w.s, w.t),
-        lambda w: adversarial(w.mlp, class_dim=axis).discriminator_loss(w.s, w.t),
-    ]
-
-
 LIMITS = "For the limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
-NO_AXIS = "IndexError: `class_dim` must be an axis of `student_logits`, which has 2; got"
-PASS_IT = "Pass it by name, or use the `inputs` of the stack to rename or withhold it."
 SCORES = "ValueError: `discriminator` must return a score a row, shape"
 NO_SCALAR = "must give a scalar tensor (reduction='mean' or 'sum'); got"
 
+
+def needs(term, name, got):
+    remedy = "Pass it by name, or use the `inputs` of the stack to rename or withhold it."
+    return f"TypeError: Term '{term}' needs `{name}`; got {got}. {remedy}"
+
+
 OTHERS = {
     **{
-        f"ValueError: `beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {beta}. For the limits "
-        "use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1).": [
+        f"ValueError: `beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {beta}. {LIMITS}": [
             lambda w, beta=beta: DeterministicKD(divergence="js", beta=beta),
             lambda w, beta=beta: deterministic_kd(w.s, w.t, divergence="js", beta=float(beta)),
         ]
         for beta in (0, 1)
     },
-    f"{NO_AXIS} 2.": with_axis(2),
-    f"{NO_AXIS} -3.": with_axis(-3),
+    **{
+        f"IndexError: `class_dim` must be an axis of `student_logits`, which has 2; got {axis}.": [
+            lambda w, axis=axis: deterministic_kd(w.s, w.t, class_dim=axis),
+            lambda w, axis=axis: progressive_kd(w.s, w.p, alpha=0.5, class_dim=axis),
+            lambda w, axis=axis: DeterministicKD(class_dim=axis)(w.s, w.t),
+            lambda w, axis=axis: ProgressiveKD(w.store, class_dim=axis)(w.s, index=None),
+            lambda w, axis=axis: ProgressiveKD(w.store, class_dim=axis).update(w.s, index=w.i),
+            lambda w, axis=axis: adversarial(w.mlp, class_dim=axis)(w.s, w.t),
+            lambda w, axis=axis: adversarial(w.mlp, class_dim=axis).discriminator_loss(w.s, w.t),
+        ]
+        for axis in (2, -3)
+    },
     "ValueError: `device` must be the CPU for a store in a file (`path`); got meta.": [
         lambda w: CachedTargets(N, C, device="meta", path="nowhere.bin"),
         lambda w: EMATargets(N, C, device="meta", path="nowhere.bin"),
@@ -600,21 +589,20 @@ OTHERS = {
     "RuntimeError: `update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
     "`.train()` on the loss.": [lambda w: w.adversarial.eval().update(w.s, w.t)],
     # what a stack is given
-    f"TypeError: Term 'progressive' needs `target`; got student_logits, teacher_logits, index. {PASS_IT}": [
-        lambda w: w.stack(**w.all),
-        lambda w: w.method(**w.all),
+    needs("progressive", "target", "student_logits, teacher_logits, index"): [
+        *(lambda w: w.stack(**w.all), lambda w: w.method(**w.all))
     ],
-    f"TypeError: Term 'progressive' needs `target`; got student_logits, teacher_logits, index, target. {PASS_IT}": [
+    needs("progressive", "target", "student_logits, teacher_logits, index, target"): [
         lambda w: w.stack(**w.all, target=None)
     ],
-    f"TypeError: Term 'kd' needs `teacher_logits`; got student_logits, teacher_logit. {PASS_IT}": [
-        lambda w: w.kd_alone(student_logits=w.s, teacher_logit=w.t)
-    ],
-    f"TypeError: Term 'kd' needs `student_logits`; got nothing. {PASS_IT}": [lambda w: w.kd_alone()],
-    f"TypeError: Term 'progressive' needs `index`; got student_logits, teacher_logits. {PASS_IT}": [
+    needs("progressive", "index", "student_logits, teacher_logits"): [
         lambda w: w.method.update(student_logits=w.s, teacher_logits=w.t)
     ],
-    f"TypeError: Term 'own' needs `teacher_logits`; got student_logits. {PASS_IT}": [
+    needs("kd", "teacher_logits", "student_logits, teacher_logit"): [
+        lambda w: w.kd_alone(student_logits=w.s, teacher_logit=w.t)
+    ],
+    needs("kd", "student_logits", "nothing"): [lambda w: w.kd_alone()],
+    needs("own", "teacher_logits", "student_logits"): [
         lambda w: LossStack({"own": w.adversarial}).update(student_logits=w.s)
     ],
     "TypeError: No term uses `masks`; the terms kd use index, mask, student_logits, target, teacher_logits.": [
@@ -669,33 +657,14 @@ def test_a_schedule_that_goes_wrong_later_stops_the_stack_where_it_is(wrong, epo
     assert stack.epoch == 0
 
 
-def test_what_a_mask_hides_is_not_judged():
-    """Padding is often -100, and ids there may be anything."""
-    world = World()
-    progressive, kept = world.progressive, world.mask
-    target, index = world.y.masked_fill(~kept, -100), world.i.masked_fill(~kept, -1)
-    value = progressive(world.s, target, index=index, mask=kept)
-    torch.testing.assert_close(value, progressive(world.s[kept], world.y[kept], index=world.i[kept]))
-    progressive.update(2 * world.s, index=index, mask=kept)
-    rows, _ = progressive.targets.read(world.i[kept])
-    torch.testing.assert_close(rows, (2 * world.s[kept]).softmax(-1), atol=1e-3, rtol=0)
-
-
-LAYOUT = "in the checkpoint is … and torch.sparse_coo; here it is …"
 SAVED = ("terms.own.targets.rows", "terms.own.targets.known", "terms.own.epoch", "epoch")
+FOREIGN = [("list", Of(lambda x: [x])), ("… without values (meta)", META), ("… and torch.sparse_coo", ZEROS_LEFT_OUT)]
 
 
 @pytest.mark.parametrize(
     ("key", "wrong", "sentence"),
     [
-        *((key, Of(lambda x: [x]), "`{key}` in the checkpoint is list; here it is …") for key in SAVED),
-        *((key, META, "`{key}` in the checkpoint is … without values (meta); here it is …") for key in SAVED),
-        *((key, Of(lambda x: x.to_sparse()), f"`{key}` {LAYOUT}") for key in SAVED),
-        (
-            "terms.own.targets.classes",
-            Of(lambda x: x + C),
-            "terms.own.targets: `classes` in the checkpoint must be in 0..2.",
-        ),
+        *((key, how, f"`{key}` in the checkpoint is {kind}; here it is …") for key in SAVED for kind, how in FOREIGN),
         ("terms.own.epoch", Of(lambda x: x - 9), "terms.own: `epoch` must be at least 0; got -9."),
         ("terms.own.epoch", Of(lambda x: x + 1), "terms.own: `alpha(1)` must be in the interval [0, 1]; got 2.0."),
         ("epoch", Of(lambda x: x - 9), "LossStack: `epoch` must be at least 0; got -9."),
@@ -707,5 +676,5 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_changes_nothing(key, 
     saved = {name: x.clone() for name, x in stack.state_dict().items()}
     saved[key] = wrong.right(saved[key])
     stack.update(student_logits=torch.randn(N, C), index=torch.arange(N))
-    said = f"RuntimeError: Error(s) in loading state_dict for LossStack:\n\t{sentence.format(key=key)}"
+    said = f"RuntimeError: Error(s) in loading state_dict for LossStack:\n\t{sentence}"
     refused(lambda: stack.load_state_dict(saved), [stack], said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -63,19 +65,8 @@ LossStack(
 """
 
 
-def halving(epoch):
+def falling(epoch):
     return 0.5 ** (epoch + 1)
-
-
-halving.__qualname__ = "falling"
-
-
-class Rows:
-    """A store that is no module."""
-
-    def read(self, index): ...
-    def write(self, index, probs): ...
-    def advance_epoch(self): ...
 
 
 def test_the_full_method_shows_a_table_of_its_terms_and_all_their_settings():
@@ -85,69 +76,53 @@ def test_the_full_method_shows_a_table_of_its_terms_and_all_their_settings():
     assert repr(nn.Sequential(criterion)) == "Sequential(\n  (0): " + FULL_METHOD.replace("\n", "\n  ") + "\n)"
 
 
-def test_the_table_shows_the_weights_of_the_epoch_and_the_tensors_under_the_names_to_pass():
+def test_what_is_shown_is_of_the_epoch_and_tensors_are_under_the_names_to_pass():
+    history = ProgressiveKD(EMATargets(5, 3), alpha=LinearRamp(0.8, 4))
     stack = LossStack(
-        {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "history": ProgressiveKD(CachedTargets(5, 3))},
-        weights={"ce": halving, "kd": LinearRamp(0.5, 2)},
+        {"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(), "history": history},
+        weights={"ce": falling, "kd": LinearRamp(0.5, 2)},
         inputs={"kd": {"teacher_logits": "other"}, "history": {"target": None}},
     )
     stack.update(student_logits=torch.zeros(1, 3), index=torch.tensor([0]))
     stack.advance_epoch()
     assert repr(stack).startswith(STACK)
-
-
-def test_alpha_is_that_of_the_epoch():
-    loss = ProgressiveKD(EMATargets(5, 3, decay=0.7), alpha=LinearRamp(0.8, 4))
-    loss.update(torch.zeros(1, 3), index=torch.tensor([0]))
-    loss.advance_epoch()
-    assert loss.extra_repr() == (
-        "epoch=1, alpha=0.4 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None"
-    )
-
-
-def test_an_adversarial_loss_shows_its_parts_without_addresses():
-    discriminator = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-    objective = AdversarialObjective(halving, lambda student, teacher: student, paired=True)
-    adam = torch.optim.SGD(discriminator.parameters(), lr=1.0)
-    loss = AdversarialDistributionLoss(
-        discriminator, objective=objective, penalty=halving, optimizer=adam, class_dim=-1
-    )
-    assert loss.extra_repr().splitlines() == [
-        "objective=AdversarialObjective, inputs='probs', temperature=1.0, reduction='mean', class_dim=-1",
-        "discriminator=Sequential()",
-        "penalty=falling, optimizer=SGD",
-    ]
-    plain = AdversarialDistributionLoss(discriminator, objective="hinge").extra_repr().splitlines()
-    assert plain[0].startswith("objective='hinge', ")
-    assert plain[2].startswith("penalty=None")
+    assert "epoch=1, alpha=0.4 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temp" in repr(stack)
 
 
 OF_STORE = "num_samples=5, num_classes=3, dtype=torch.float16"
-SHOWN = [
-    (
-        DeterministicKD(divergence="js", beta=0.3),
-        "DeterministicKD(temperature=2.0, divergence='js', beta=0.3, reduction='mean', class_dim=None)",
+OWN_STORE = SimpleNamespace(read=len, write=len, advance_epoch=len)
+SCORE = nn.Sequential(nn.Linear(3, 1))
+OWN_OBJECTIVE = AdversarialObjective(falling, lambda student, teacher: student, paired=True)
+OWN_PARTS = dict(objective=OWN_OBJECTIVE, penalty=falling, optimizer=torch.optim.SGD(SCORE.parameters(), lr=1.0))
+TAIL = "reduction='mean', class_dim="
+HINGE, OWN = (
+    f"AdversarialDistributionLoss(\n  objective={how}, inputs='probs', temperature=1.0, {TAIL}{dim}\n  discriminator="
+    for how, dim in (("'hinge'", None), ("AdversarialObjective", -1))
+)
+SHOWN = {
+    f"DeterministicKD(temperature=2.0, divergence='js', beta=0.3, {TAIL}None)": DeterministicKD(
+        divergence="js", beta=0.3
     ),
-    (
-        DeterministicKD(beta=0.3, class_dim=1),
-        "DeterministicKD(temperature=2.0, divergence='forward_kl', reduction='mean', class_dim=1)",
+    f"DeterministicKD(temperature=2.0, divergence='forward_kl', {TAIL}1)": DeterministicKD(beta=0.3, class_dim=1),
+    f"ProgressiveKD(\n  epoch=0, alpha=0.5, temperature=1.0, {TAIL}None\n  targets=SimpleNamespace\n)": ProgressiveKD(
+        OWN_STORE
     ),
-    (
-        ProgressiveKD(Rows()),
-        "ProgressiveKD(\n  epoch=0, alpha=0.5, temperature=1.0, reduction='mean', class_dim=None\n  targets=Rows\n)",
+    f"{HINGE}Sequential()\n  penalty=None, optimizer=None\n)": AdversarialDistributionLoss(SCORE, objective="hinge"),
+    f"{OWN}Sequential()\n  penalty=falling, optimizer=SGD\n)": AdversarialDistributionLoss(
+        SCORE, class_dim=-1, **OWN_PARTS
     ),
-    (FrozenTeacher(nn.Linear(2, 3)), "FrozenTeacher(Linear)"),
-    (LinearRamp(0.8, 4), "LinearRamp(end=0.8, num_epochs=4, start=0.0)"),
-    (GradientPenalty(), "GradientPenalty(weight=10.0)"),
-    (ZeroCenteredPenalty(0.5), "ZeroCenteredPenalty(gamma=0.5)"),
-    (CachedTargets(5, 3), f"CachedTargets({OF_STORE}, device=cpu)"),
-    (CachedTargets(5, 3, top_k=2), f"CachedTargets({OF_STORE}, top_k=2, device=cpu)"),
-    (EMATargets(5, 3, device="meta"), f"EMATargets({OF_STORE}, device=meta, decay=0.9)"),
-]
+    "FrozenTeacher(Linear)": FrozenTeacher(nn.Linear(2, 3)),
+    "LinearRamp(end=0.8, num_epochs=4, start=0.0)": LinearRamp(0.8, 4),
+    "GradientPenalty(weight=10.0)": GradientPenalty(),
+    "ZeroCenteredPenalty(gamma=0.5)": ZeroCenteredPenalty(0.5),
+    f"CachedTargets({OF_STORE}, device=cpu)": CachedTargets(5, 3),
+    f"CachedTargets({OF_STORE}, top_k=2, device=cpu)": CachedTargets(5, 3, top_k=2),
+    f"EMATargets({OF_STORE}, device=meta, decay=0.9)": EMATargets(5, 3, device="meta"),
+}
 
 
-@pytest.mark.parametrize(("thing", "shown"), SHOWN)
-def test_settings_are_shown(thing, shown):
+@pytest.mark.parametrize(("shown", "thing"), SHOWN.items())
+def test_settings_are_shown(shown, thing):
     assert repr(thing) == shown
 
 
