@@ -314,7 +314,7 @@ WRONG = {
         "ValueError: `{name}` must be between 1 and 3; got {got}.": [4],
     },
     "dtype": one_of(*STORED, also=[F8, "float16", np.array([1, 2])]),
-    "path": {"TypeError: `{name}` must be a str or os.PathLike; got {got}.": [3, b"x"]},
+    "path": {"TypeError: expected str, bytes or os.PathLike object, not int": [3]},
     "process_group": {
         "TypeError: `{name}` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a DeviceMesh: "
         "`mesh.get_group('dp')`); got {got}.": ["dp", 3]

@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_SAME_SETTINGS = "Build this object with the settings it was saved with."
-
 
 class Carrier(nn.Module):
     """An `nn.Module` whose `_carried` attributes no wrapper finds, though they move, switch mode and are saved.
@@ -95,25 +93,22 @@ class Carrier(nn.Module):
 
     def _fitting(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str], list[str]]:
         """What a checkpoint has for this object, by name; the keys that it lacks; what does not fit, and why."""
-        own, tensors = self._own_state(), self._saved_tensors().keys()
+        # None: what would be there with other settings, and without which the rest would be taken for what it is not.
+        own = {**dict.fromkeys(self._saved), **self._own_state()}
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        remedy = "Build this object with the settings it was saved with."
         errors = [
-            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. {remedy}"
+            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. Build this object with the "
+            "settings it was saved with."
             for name, x in saved.items()
             if _kind(x) != _kind(own[name])
         ]
-        # Without these the rest would be taken for what it is not.
-        foreign = [name for name in self._saved if getattr(self, name) is None and prefix + name in state_dict]
-        errors += [
-            f"`{prefix}{name}` is in the checkpoint, and this object has none. {_SAME_SETTINGS}" for name in foreign
-        ]
+        tensors = self._saved_tensors().keys()
         if not errors and saved.keys() >= tensors:
             try:
                 self._check_load({name: saved[name] for name in tensors})
             except (ValueError, TypeError) as error:
                 errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-        return saved, [prefix + name for name in own if name not in saved], errors
+        return saved, [prefix + name for name, x in own.items() if x is not None and name not in saved], errors
 
 
 def _kind(x: object) -> str:

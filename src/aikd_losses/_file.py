@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import mmap
 import os
-import shutil
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -35,23 +33,17 @@ class MappedFile:
     def __init__(
         self, path: str, facts: dict[str, Any], columns: dict[str, tuple[torch.dtype, tuple[int, ...]]], create: bool
     ) -> None:
-        self.path = path
         facts = {"format": FORMAT, **facts}
         offsets, size = {}, PAGE
         for name, (dtype, shape) in columns.items():
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
-        try:
-            if create and not os.path.exists(path):
-                _create(path, json.dumps(facts).encode().ljust(MARK), size)
-            with open(path, "r+b") as file:
-                _refuse_other(file, facts, size)
-                self.identity = _number(*os.fstat(file.fileno())[1:3])  # inode and device
-                memory = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            free = f", {shutil.disk_usage(os.path.dirname(path)).free} are free" if error.errno == errno.ENOSPC else ""
-            reason = f"`path` must be a file of {size} bytes to read and write: {error.strerror or error}{free}"
-            raise OSError(error.errno, reason, path) from error
+        if create and not os.path.exists(path):
+            _create(path, json.dumps(facts).encode().ljust(MARK), size)
+        with open(path, "r+b") as file:
+            _refuse_other(file, facts, size)
+            self.identity = _number(*os.fstat(file.fileno())[1:3])  # inode and device
+            memory = mmap.mmap(file.fileno(), size)
         self.columns = {  # each with a storage of its own, which is what torch.save tells tensors apart by
             name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offsets[name]).view(shape)
             for name, (dtype, shape) in columns.items()
@@ -66,14 +58,8 @@ class MappedFile:
         return tuple(self._mark) == self._left
 
     def begin(self) -> None:
-        if tuple(self._mark) != WHOLE:
-            return
-        if not os.path.exists(self.path) or _number(*os.stat(self.path)[1:3]) != self.identity:
-            raise RuntimeError(
-                f"`path` {self.path!r} was deleted or replaced after this store had mapped it: what it holds is in no file any "
-                "more. Build the store anew, in every process."
-            )
-        self._mark[0], self._mark[1] = _process(os.getpid())
+        if tuple(self._mark) == WHOLE:
+            self._mark[0], self._mark[1] = _process(os.getpid())
 
     def end(self) -> None:
         self._mark[0], self._mark[1] = WHOLE
@@ -92,7 +78,7 @@ def _create(path: str, header: bytes, size: int) -> None:
             os.link(new, path)
         except FileExistsError:  # another process was first
             pass
-        except OSError:  # no hard links here: of two at once one is replaced, which `begin` refuses
+        except OSError:  # no hard links here: of two at once one is replaced
             os.rename(new, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -106,17 +92,13 @@ def _refuse_other(file: IO[bytes], wanted: dict[str, Any], size: int) -> None:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"`path` must be a file of targets ({FORMAT}); {file.name!r} is not. Pass another path.")
+    found["bytes"], wanted = os.fstat(file.fileno()).st_size, {**wanted, "bytes": size}
     differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if differing:
         differences = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in differing)
         raise ValueError(
             f"`path` must hold the store that is asked for; {file.name!r} has {differences}. Build the store with the file's "
             "settings, or pass another path."
-        )
-    if (found_size := os.fstat(file.fileno()).st_size) != size:
-        raise ValueError(
-            f"`path` must be a whole file of {size} bytes; {file.name!r} has {found_size}. Delete it and load the rows from a "
-            "checkpoint."
         )
 
 

@@ -48,9 +48,7 @@ class Table(Carrier):
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
-        if path is not None and not (isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)):
-            raise TypeError(f"`path` must be a str or os.PathLike; got {path!r}.")
-        self.path = None if path is None else os.path.abspath(os.fspath(path))
+        self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.pinned = device is not None or path is not None
         home = torch.get_default_device() if device is None else torch.device(device)
         if path is not None and device is not None and home.type != "cpu":
@@ -156,9 +154,8 @@ class Table(Carrier):
         if self._file is None or len(set(files)) > 1:
             fresh = (self._last_write >= 0).nonzero().squeeze(-1)
             for index, *values in self._ranks.gather_rows(fresh, self._columns()):
-                for column, value in zip(self._columns(), values, strict=True):
-                    if writes:
-                        column.index_copy_(0, index, value)
+                for column, value in zip(self._columns() if writes else (), values, strict=False):
+                    column.index_copy_(0, index, value)
         if self._file is not None and writes:
             self._file.end()
         if any(files):  # somebody has a file

@@ -162,14 +162,14 @@ class AdversarialDistributionLoss(Owner):
                 "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
                 "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
             )
-        s, t, given, _ = self._rows(student_logits.detach(), teacher_logits, mask, condition)
+        s, t, given, _ = self._rows(student_logits, teacher_logits, mask, condition)
         if self._ranks.active() and not self._same_on_all_ranks:
             self._ranks.broadcast_from_first([*self.discriminator.parameters(), *self.discriminator.buffers()])
             self._same_on_all_ranks = True
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(s):
             counts = functional.finite_rows(s) & functional.finite_rows(t)
             counts = counts if mask is None else counts & mask.flatten()
-            s, t = (x.masked_fill(~counts.unsqueeze(-1), 0.0) for x in (s, t))
+            s, t = (x.detach().masked_fill(~counts.unsqueeze(-1), 0.0) for x in (s, t))
             values, lead = self._values({}, s, t, given)
             loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
         self._last_step = loss, norm, lead.detach(), counts
