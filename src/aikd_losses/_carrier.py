@@ -75,14 +75,17 @@ class Carrier(nn.Module):
         destination.update({prefix + name: x for name, x in self._own_state().items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        missing_keys, error_msgs = args[2], args[4]
-        saved, missing, errors = self._fitting(state_dict, prefix)
+        """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
+        parts = [(name, part) for name, part in self.named_modules(prefix=prefix[:-1]) if isinstance(part, Carrier)]
+        misfits = [sentence for name, part in parts for sentence in part._misfits(state_dict, name and f"{name}.")]
+        if misfits:
+            whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
+            raise RuntimeError(whose + "\n\t".join(misfits))
+        own = self._own_state()
+        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         others = {key: x for key, x in state_dict.items() if key.removeprefix(prefix) not in saved}
         super()._load_from_state_dict(others, prefix, *args)
-        missing_keys += missing
-        error_msgs += errors
-        if errors:
-            return
+        args[2].extend(prefix + name for name in own if name not in saved)  # the missing keys
         for name, module in self._modules_in(self._saved).items():
             inner = {key.removeprefix(f"{name}."): x for key, x in saved.items() if key.startswith(f"{name}.")}
             module.load_state_dict(inner, strict=False)
@@ -91,24 +94,23 @@ class Carrier(nn.Module):
             self._fill(saved)
             self._after_load()
 
-    def _fitting(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str], list[str]]:
-        """What a checkpoint has for this object, by name; the keys that it lacks; what does not fit, and why."""
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """What of a checkpoint does not fit this object, and why."""
         # None: what would be there with other settings, and without which the rest would be taken for what it is not.
         own = {**dict.fromkeys(self._saved), **self._own_state()}
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        errors = [
+        misfits = [
             f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. Build this object with the "
             "settings it was saved with."
             for name, x in saved.items()
             if _kind(x) != _kind(own[name])
         ]
-        tensors = self._saved_tensors().keys()
-        if not errors and saved.keys() >= tensors:
+        if not misfits and saved.keys() >= self._saved_tensors().keys():
             try:
-                self._check_load({name: saved[name] for name in tensors})
+                self._check_load(saved)
             except (ValueError, TypeError) as error:
-                errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-        return saved, [prefix + name for name, x in own.items() if x is not None and name not in saved], errors
+                misfits.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+        return misfits
 
 
 def _kind(x: object) -> str:

@@ -90,17 +90,6 @@ class LossStack(Carrier):
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Here, before a part is loaded: of a checkpoint that does not fit some part nothing is loaded."""
-        errors = []
-        for name, part in self.named_modules():
-            if isinstance(part, Carrier):
-                errors += part._fitting(state_dict, f"{prefix}{name}." if name else prefix)[2]
-        if errors:
-            whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
-            raise RuntimeError(whose + "\n\t".join(errors))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _after_load(self) -> None:
         self._weights.copy_(self._weights_at(int(self.epoch)))
 
