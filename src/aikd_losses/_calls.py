@@ -1,7 +1,5 @@
 """Which tensors the methods of a stack's terms are handed."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass

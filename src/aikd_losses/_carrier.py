@@ -1,7 +1,5 @@
 """Tensors and modules that travel with a loss but do not belong to the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

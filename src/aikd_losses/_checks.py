@@ -5,8 +5,6 @@ wait for the CPU, so they run on CPU tensors alone (`values_are_free`); elsewher
 PyTorch's own device-side assertion, as it is for `torch.nn.CrossEntropyLoss`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Collection

@@ -11,8 +11,6 @@ the two sides are near each other, as they are where T is large.
 Classes are on the last axis. float32 at least. All can be compiled, transformed and differentiated again.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce

@@ -1,7 +1,5 @@
 """A table in a file that is mapped into memory: a page that says what it holds and who is writing it, then the columns."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

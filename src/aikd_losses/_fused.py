@@ -7,8 +7,6 @@ whatever is needed to make it exists for a block of rows at a time.
 Where a gradient is transformed, batched or differentiated again, and under `torch.compile`, the plain form is asked instead.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable

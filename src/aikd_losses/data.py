@@ -1,7 +1,5 @@
 """Sample ids for a data set that has none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Match a frozen, pre-trained copy of the same network."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn

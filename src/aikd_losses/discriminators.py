@@ -1,7 +1,5 @@
 """Discriminators: from what one side predicts for a sample to a score, higher = "teacher"."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING

@@ -6,8 +6,6 @@ $p_T = \mathrm{softmax}(t/T)$; sums run over classes, values are in nats. Everyt
 and float64 for float64 logits, whatever autocast says.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
@@ -96,7 +94,7 @@ def progressive_kd(
     a = a if known is None else a * known
     learned = a.requires_grad  # and has a gradient where it is 0 too
     # What has no share counts nothing; 0 * inf would be NaN.
-    previous = previous if learned else torch.where(a.unsqueeze(-1) > 0, previous, 0.0)
+    previous = previous if learned else previous.masked_fill((a <= 0).unsqueeze(-1), 0.0)
     value = a * cross_entropy(previous, student, temperature)
     if target is not None:
         _checks.class_target(target, student_logits, axis)
@@ -106,7 +104,7 @@ def progressive_kd(
             _checks.labels_in_range(target, student_logits.shape[axis], mask)
             target = target if mask is None else target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
         hard = cross_entropy(target, student)
-        value = value + (1 - a) * (hard if learned else torch.where(a < 1, hard, 0.0))
+        value = value + (1 - a) * (hard if learned else hard.masked_fill(a >= 1, 0.0))
     return reduce_positions(value, mask, reduction)
 
 

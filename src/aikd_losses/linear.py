@@ -1,7 +1,5 @@
 """KD of two linear heads from their hidden states: a language model's logits never exist whole."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """What the discriminator minimises and what the student minimises, given the discriminator's scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Match one's own predictions of the previous epoch."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping
@@ -241,9 +239,8 @@ class ProgressiveKD(Carrier):
 
     def extra_repr(self) -> str:
         settings = (
-            f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}, "
-            f"alpha={schedules.shown(self.alpha_schedule, self.alpha)}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, class_dim={self.class_dim}"
+            f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
+            f"temperature={self.temperature}, reduction={self.reduction!r}, class_dim={self.class_dim}"
         )
         # A store that is a module shows itself below.
         return settings if isinstance(self.targets, nn.Module) else f"{settings}\ntargets={type(self.targets).__name__}"

@@ -1,7 +1,5 @@
 """Settings that change from epoch to epoch: a number, or a callable from the epoch (counted from 0) to one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Look at one step of training, and say what is set up wrong."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """All that `check_setup` can find, as a table of rules, and the report that shows it."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Terms with their weights: one call, one update, one epoch."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping
@@ -107,7 +105,7 @@ class LossStack(Carrier):
                 raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
         of_terms = torch.stack(tuple(values.values()))
         weights = self._weights.to(of_terms)
-        weighted = torch.where(weights == 0, 0.0, weights * of_terms)  # also of a value that is infinite
+        weighted = (weights * of_terms).masked_fill(weights == 0, 0.0)  # also where a value is infinite
         return weighted.sum(), {name: value.detach() for name, value in values.items()}
 
     if TYPE_CHECKING:
@@ -158,7 +156,7 @@ class LossStack(Carrier):
 
     def extra_repr(self) -> str:
         """Each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
-        lines = [f"epoch={'?' if self.epoch.is_meta else int(self.epoch)}"]
+        lines = [f"epoch={schedules.value(self.epoch)}"]
         for i, (name, schedule) in enumerate(self.weights.items()):
             lines.append(f"{name}: weight {schedules.shown(schedule, self._weights[i])}")
             lines += [f"  {method}({calls[name].shown()})" for method, calls in self._calls.items() if name in calls]

@@ -1,7 +1,5 @@
 """The pre-trained model, kept as it is."""
 
-from __future__ import annotations
-
 import copy as copying
 from typing import Any, ClassVar
 
