@@ -10,12 +10,13 @@ Where a gradient is transformed, batched or differentiated again, and under `tor
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._divergences import kl, logs, wide_type
+from ._divergences import kl, logs, wide, wide_type
 
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
 DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits that are large
@@ -24,6 +25,7 @@ NEAR = 0.01  # nats, below which the usual sum may have lost more than a hundred
 Slopes = tuple[Tensor, ...] | None  # gradients, if they are wanted
 Plain = Callable[..., Tensor]  # tensors -> a value, or one a row
 WithGradient = Callable[..., tuple[Tensor, Slopes]]  # (wanted, *tensors) -> the same, and its gradients
+How = tuple[Plain, WithGradient, int, bool]  # and how many tensors are learned, and whether gradients are wanted
 
 
 def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *tensors: Tensor) -> Tensor:
@@ -33,20 +35,19 @@ def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *
     # Autograd cannot save what was made in inference mode.
     tensors = tuple(x.clone() if x.is_inference() else x for x in tensors)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:learned])
-    value: Tensor = _WithGradient.apply(plain, with_gradient, learned, wanted, *tensors)[0]  # type: ignore[no-untyped-call]
+    value: Tensor = _WithGradient.apply((plain, with_gradient, learned, wanted), *tensors)[0]  # type: ignore[no-untyped-call]
     return value
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        plain: Plain, with_gradient: WithGradient, learned: int, wanted: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Slopes]:
+    def forward(how: How, *tensors: Tensor) -> tuple[Tensor, Slopes]:
+        _, with_gradient, _, wanted = how
         return with_gradient(wanted, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Slopes]) -> None:
-        ctx.plain, ctx.with_gradient, ctx.learned, _, *tensors = inputs
+        (ctx.plain, ctx.with_gradient, ctx.learned, _), *tensors = inputs
         ctx.shape, ctx.slopes = output[0].shape, output[1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -61,19 +62,19 @@ class _WithGradient(torch.autograd.Function):
             if slopes is None:  # the first backward pass took them
                 _, slopes = ctx.with_gradient(True, *tensors)
             slopes = tuple([_times(slope, grad) for slope in slopes])
-        return None, None, None, None, *slopes, *[None] * (len(tensors) - ctx.learned)
+        return None, *slopes, *[None] * (len(tensors) - ctx.learned)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         slopes = _plain_slopes(ctx, ctx.saved_tensors[0].new_ones(ctx.shape))
-        moved = [slope * t for slope, t in zip(slopes, tangents[4:], strict=False) if t is not None]
+        moved = [slope * t for slope, t in zip(slopes, tangents[1:], strict=False) if t is not None]
         return sum(x.flatten(len(ctx.shape)).sum(-1) for x in moved), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], plain: Plain, *rest: Any
+        info: Any, in_dims: tuple[Any, ...], how: How, *tensors: Tensor
     ) -> tuple[tuple[Tensor, None], tuple[int, None]]:
-        return (torch.vmap(plain, in_dims[4:])(*rest[3:]), None), (0, None)
+        return (torch.vmap(how[0], in_dims[1:])(*tensors), None), (0, None)
 
 
 # torch asks for it in each call, and to work it out takes longer than the arithmetic of small logits.
@@ -103,20 +104,23 @@ def kl_in_blocks(
     r"""$T^2\,\mathrm{KL}(p \,\|\, q)$ of the rows (N, C), reduced, and its gradient."""
     rows, classes = student.shape
     step = max(1, (BLOCK if student.is_cpu else DEVICE_BLOCK) // classes)
+    kl_of = partial(kl_with_gradient, temperature=temperature, each=reduction == "none")
     scale = 1 / max(1, rows) if reduction == "mean" else 1.0
-    dtype = wide_type(student, teacher)
-    values = student.new_empty(rows, dtype=dtype)
-    slopes = student.new_empty((rows if wanted else 0, classes), dtype=dtype)
+    if rows <= step:
+        values, slope = kl_of(*wide(student, teacher), scale=scale)
+        return reduced(values, reduction), (slope,) if wanted else None
+    # Made before the blocks: torch.cat would hold it twice.
+    slopes = student.new_empty((rows if wanted else 0, classes), dtype=wide_type(student, teacher))
+    found = []
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        s, t = student[block].to(dtype), teacher[block].to(dtype)
-        out, each = slopes[block] if wanted else None, reduction == "none"
-        values[block], _ = kl_with_gradient(s, t, temperature=temperature, scale=scale, each=each, out=out)
-    return reduced(values, reduction), (slopes,) if wanted else None
+        values, _ = kl_of(*wide(student[block], teacher[block]), scale=scale, out=slopes[block] if wanted else None)
+        found.append(values)
+    return reduced(torch.cat(found), reduction), (slopes,) if wanted else None
 
 
 def kl_with_gradient(
-    s: Tensor, t: Tensor, *, temperature: float, scale: float = 1.0, each: bool = False, out: Tensor | None = None
+    s: Tensor, t: Tensor, *, temperature: float, each: bool = False, scale: float = 1.0, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""$T^2\,\mathrm{KL}(p \,\|\, q)$ a row, and `scale` times its gradient $T\,(q - p)$, put into `out`. Five digits are
     right of the sum of the rows or, if asked for, of `each`."""
