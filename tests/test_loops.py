@@ -1,4 +1,4 @@
-"""The loops that users have: mixed precision, accumulation, odd samplers; what they log of the discriminator."""
+"""The loops that users have: mixed precision, odd samplers; what they log of the discriminator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from aikd_losses import (
     AdversarialDistributionLoss,
     AIKDLoss,
     CachedTargets,
-    DeterministicKD,
     IndexedDataset,
     LossStack,
     MLPDiscriminator,
@@ -60,47 +59,6 @@ def test_a_step_that_the_scaler_skips_poisons_nothing(dtype):
     assert skipped[0]
     assert not skipped[-1]
     assert criterion.terms["progressive"].targets.known.all()
-
-
-# ------------------------------------------------------------------------------------------------------- accumulation
-
-
-def summed():
-    torch.manual_seed(1)
-    discriminator = MLPDiscriminator(C, hidden=(8,))
-    adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
-    terms = {
-        "progressive": ProgressiveKD(CachedTargets(N, C, dtype=torch.float64), alpha=0.6, reduction="sum"),
-        "deterministic": DeterministicKD(temperature=2.0, reduction="sum"),
-        "adversarial": AdversarialDistributionLoss(discriminator, optimizer=adam, reduction="sum"),
-    }
-    return LossStack(terms).double()
-
-
-@pytest.mark.parametrize("micro", [1, 5, N])
-def test_accumulated_micro_batches_are_one_big_batch(micro):
-    """Sums over micro-batches, divided by the size of the whole; the discriminator steps once, on all of them."""
-    torch.manual_seed(0)
-    network, teacher_logits = nn.Linear(4, C).double(), torch.randn(N, C, dtype=torch.float64)
-    big, small = summed(), summed()
-    for step in range(3):
-        gradients = []
-        for criterion, size in ((big, N), (small, micro)):
-            network.zero_grad()
-            predicted = []
-            for index in torch.randperm(N, generator=torch.Generator().manual_seed(step)).split(size):
-                logits = network(X[index].double())
-                loss, _ = criterion(**tensors_of(logits, teacher_logits, index))
-                (loss / N).backward()
-                predicted.append((logits.detach(), index))
-            logits, index = (torch.cat(x) for x in zip(*predicted, strict=True))
-            criterion.update(**tensors_of(logits, teacher_logits, index))
-            criterion.advance_epoch()
-            gradients.append(network.weight.grad.clone())
-        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
-    for (name, ours), theirs in zip(small.state_dict().items(), big.state_dict().values(), strict=True):
-        if "optimizer" not in name:
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers

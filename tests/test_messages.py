@@ -618,15 +618,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        pytest.param(call, text, id=f"{i}-{k}")
-        for i, (text, calls) in enumerate(OTHERS.items())
-        for k, call in enumerate(calls)
-    ],
-)
-def test_a_call_that_does_not_fit_is_refused_and_changes_nothing(call, sentence, world):
+@pytest.mark.parametrize(("sentence", "call"), [(text, call) for text, calls in OTHERS.items() for call in calls])
+def test_a_call_that_does_not_fit_is_refused_and_changes_nothing(sentence, call, world):
     _ = world.method, world.store, world.of_mlp, world.stack
     refused(lambda: call(world), world.parts(), sentence)
 
