@@ -1,25 +1,107 @@
-"""Look at one step of training, and say what is set up wrong."""
+"""Look at one step of training, and say what is set up wrong: the rules, the report, and what the rules look at."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace as Facts
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from . import _checks
+from ._table import Table
 from .adversarial import AdversarialDistributionLoss
 from .progressive import ProgressiveKD
-from .setup_report import RULES, Finding, SetupReport, TermReport, distributions
 from .stack import LossStack
-from .targets import CachedTargets, EMATargets
 from .teacher import FrozenTeacher
 
-LABELLED = (ProgressiveKD, nn.CrossEntropyLoss)  # whose `target` is of classes
-Seen = Iterator[tuple[str, SimpleNamespace]]  # what x is, as RULES call it, and x
+
+def distributions(rows: Tensor) -> bool:
+    return bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 5e-3).all())
+
+
+# (severity, what x is, test of x): the sentence, in which {it} is what the test gives. The worst first.
+RULES: dict[tuple[str, str, Callable[[Any], object]], str] = {
+    ("error", "call", lambda x: x.refusal): "its call fails: {it}",
+    ("error", "term", lambda x: not math.isfinite(x.value + (x.gradient or 0))): """its value or its gradient is not
+        finite. Look for NaN and inf in the logits, and for a class at -inf on one side only.""",
+    ("error", "discriminator", lambda x: not math.isfinite(x.gradient_norm)): """its discriminator's gradient is not
+        finite. Start again with a lower learning rate.""",
+    ("error", "eps", lambda x: not x.rounded): "`eps` is 0 in the type of its discriminator. Keep that in float32.",
+    ("error", "scores", lambda x: int((~(x.rows < math.inf)).any(-1).sum())): """NaN or +inf in {it} of {x.count} rows,
+        which `update` leaves out. Look for a model that has diverged or overflowed.""",
+    ("error", "scores", lambda x: distributions(x.rows)): "it looks like probabilities. Pass logits, or `probs.log()`.",
+    ("error", "scores", lambda x: not (x.teacher or x.graph)): "it has no graph. Leave out `no_grad()` and `detach()`.",
+    ("error", "target", lambda x: not distributions(x.rows)): "its rows do not sum to 1. Pass a softmax, or labels.",
+    ("error", "teacher", lambda x: x.awake): "{it} of its modules are in train mode. Use `FrozenTeacher`, or `eval()`.",
+    ("error", "teacher", lambda x: len(x.shared)): "it shares {it} parameters with the student. Use `FrozenTeacher`.",
+    ("error", "optimizer", lambda x: len(x.foreign)): "it holds {it} parameters of a discriminator. Leave them out.",
+    ("warning", "term", lambda x: x.weight and x.value and x.gradient == 0): """no gradient reaches `student_logits`.
+        Look for a `detach()` in the term.""",
+    ("warning", "term", lambda x: 10 < (x.ratio or 0) < math.inf): """its gradient is {x.ratio:.3g} times that of
+        cross-entropy: it drowns the labels, unless they are fitted. Lower its weight, or look for reduction='sum'.""",
+    ("warning", "term", lambda x: 0 < (x.ratio or 0) < 1e-3): """its gradient is {x.ratio:.3g} times cross-entropy's: it
+        does next to nothing. Look again an epoch later (a discriminator has to learn), then raise its weight.""",
+    ("warning", "store", lambda x: not x.known): "nothing is remembered yet. Call `update` in every training step.",
+    ("warning", "store", lambda x: x.epoch and 0 < x.known < 0.9 * x.size): """{x.known} of {x.size} rows are known in
+        epoch {x.epoch}. Is `num_samples` the size of the training set, and `index` a sample's id, not its place in a batch?""",
+    ("warning", "store", lambda x: x.seen > x.size): "`update` saw {x.seen} rows of {x.size}: call `advance_epoch()`.",
+    ("warning", "discriminator", lambda x: x.untrained): "its discriminator is untrained. Call `update` in every step.",
+    ("warning", "discriminator", lambda x: x.accuracy > 0.98): """its discriminator is right in {x.accuracy:.1%} of the
+        rows. Lower its learning rate, or give it a penalty. (In the first steps it can be chance.)""",
+    ("warning", "discriminator", lambda x: x.accuracy < 0.1): """its discriminator is right in {x.accuracy:.1%} of the
+        rows. A higher score must mean the teacher. (In the first steps it can be chance.)""",
+    ("warning", "scores", lambda x: x.teacher and torch.equal(x.rows, x.student)): """it equals `student_logits`: there
+        is nothing to match. Pass the pre-trained model's. (A student that starts as a copy soon moves away.)""",
+    ("warning", "mask", lambda x: x.size and not x.count): "it leaves out every position. True = counts.",
+    ("warning", "mask", lambda x: x.ignored): """{it} of the {x.count} positions that count have target -100, no class.
+        Is it inverted, or missing? Pass `mask=target != -100`. (Without labels a teacher can still be matched.)""",
+    ("warning", "index", lambda x: len(x.ids) - len(x.ids.unique())): """{it} ids repeat others: the last is remembered.
+        Each position needs its own, as `IndexedDataset` gives it. (Sampling with replacement does this too.)""",
+    ("warning", "optimizer", lambda x: len(x.missing)): "it lacks {it} trainable parameters of the model or the terms.",
+    ("note", "scores", lambda x: x.teacher and x.graph): "it has a graph, which costs memory. Use `FrozenTeacher`.",
+    ("note", "scores", lambda x: x.teacher and x.entropy < 0.01): "it repeats the labels. Train it for fewer epochs.",
+}
+Seen = Iterator[tuple[str, str, Any]]  # what x is, where, and x
+
+
+class Finding(NamedTuple):
+    severity: str  # "error": training goes wrong; "warning": it probably does; "note"
+    where: str  # a term, a tensor or an argument
+    message: str
+
+
+class TermReport(NamedTuple):
+    name: str
+    weight: float
+    value: float | None = None  # None: it could not be computed
+    gradient: float | None = None  # its norm, of the weighted term
+    ratio: float | None = None  # to plain cross-entropy's
+
+
+class SetupReport(NamedTuple):
+    """What `check_setup` found. `terms`: `name`, `weight`, `value`, `gradient` (its norm, weighted) and `ratio` (to
+    cross-entropy's). `findings`, the worst first: `severity` ("error", "warning", "note"), `where`, `message`. `ok`: neither an
+    error nor a warning."""
+
+    terms: tuple[TermReport, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.severity == "note" for finding in self.findings)
+
+    def __repr__(self) -> str:
+        rows: list[tuple[str, ...]] = [("term", "weight", "value", "gradient", "ratio")]
+        rows += [(name, *("-" if x is None else f"{x:.3g}" for x in numbers)) for name, *numbers in self.terms]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines += ["" if self.findings else "\nNothing wrong was found."]
+        for severity, where, message in self.findings:
+            lines += textwrap.wrap(f"{severity.upper()} {where}: {message}", 100, subsequent_indent="  ")
+        return "\n".join(lines)
 
 
 def check_setup(
@@ -32,22 +114,18 @@ def check_setup(
 ) -> SetupReport:
     r"""Finds the usual mistakes in the set-up of a criterion, from the tensors of one training step; changes nothing.
 
-    Call it by hand, after some steps and once more after an epoch: it computes every term anew and waits for the device. One
-    process of several may call it alone. The table compares gradients with respect to `student_logits`: the norm of a
-    weighted term's over that of plain cross-entropy's on the same batch. A ratio far above 1 drowns the labels, one near 0
-    does nothing. The adversarial term's grows while its discriminator learns: do not judge its weight by the first steps.
+    Call it by hand after some steps, and again after an epoch: it computes every term anew and waits for the device. The table
+    compares gradients with respect to `student_logits`: the norm of a weighted term's over that of plain cross-entropy's. A
+    ratio far above 1 drowns the labels, one near 0 does nothing. The adversarial term's grows with its discriminator.
 
     Args:
         criterion: a `LossStack`, an `AIKDLoss`, or a single term of any kind that a `LossStack` takes.
         model, teacher, optimizer: the student, the pre-trained model, the student's optimizer: looked at, not called.
         tensors: what `criterion` is called with, by name.
 
-    Returns: a `SetupReport`, to be printed; `.ok` says whether there is neither an error nor a warning.
-
-    State: none. (What a term of your own changes in its `forward`, other than its buffers, is not undone.)
-
-    Raises: `TypeError` for arguments of the wrong kind; `ValueError` for tensors on the meta device. What a term raises is a
-    finding.
+    What a term raises is a finding, but a GPU that looks up an id or a label out of range ends the process, here as in
+    training. What a term of your own changes in its `forward`, other than its buffers, is not undone. Raises `TypeError` for
+    arguments of the wrong kind, and for a tensor that no term uses.
 
     >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]], requires_grad=True)
     >>> report = check_setup(DeterministicKD(), student_logits=logits, teacher_logits=logits.detach().softmax(-1))
@@ -56,198 +134,125 @@ def check_setup(
     """
     for given, kind in ((model, nn.Module), (teacher, nn.Module), (optimizer, torch.optim.Optimizer)):
         if given is not None and not isinstance(given, kind):
-            raise TypeError(
-                f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer of torch; got {given!r}."
-            )
+            raise TypeError(f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer; got {given!r}.")
+    stack: Any = getattr(criterion, "_orig_mod", criterion)  # torch.compile's; there is no public name
+    if not isinstance(stack, LossStack):
+        name = type(stack).__name__
+        added = isinstance(stack, ProgressiveKD) and tensors.get("target") is None  # to a criterion that has the target
+        stack = LossStack({name: stack}, inputs={name: {"target": None}} if added else None)
+    stack._refuse_unknown(tensors)
     cuda = {x.device for x in tensors.values() if isinstance(x, Tensor) and x.is_cuda}
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False):  # with gradients
-        step = _Step(getattr(criterion, "_orig_mod", criterion), tensors)  # torch.compile's; there is no public name
-        seen = [*step.of_terms(), *step.of_states(), *step.of_batch(), *step.of_modules(model, teacher, optimizer)]
-        findings = [
-            Finding(severity, getattr(x, "name", what), " ".join(sentence.split()).format(it=it, **vars(x)))
-            for severity in ("error", "warning", "note")
-            for what, x in seen
-            for (about, how, test), sentence in RULES.items()
-            if (about, how) == (what, severity) and (it := test(x))
-        ]
-    return SetupReport(tuple(step.reports), step.state, tuple(findings))
+        labels, scores = _on_cpu(stack, tensors)
+        seen = [*_terms(stack, tensors, labels, scores), *_states(stack, model, teacher, optimizer)]
+        seen += _batch(stack, tensors, labels, scores) if scores else []
+    findings = []
+    for (severity, about, test), sentence in RULES.items():
+        for what, where, x in seen:
+            it = what == about and test(x)
+            if it:
+                findings.append(Finding(severity, where, " ".join(sentence.split()).format(it=it, x=x)))
+    return SetupReport(tuple(x for _, _, x in seen if isinstance(x, TermReport)), tuple(findings))
 
 
-class _Step:
-    """The parts of a training step, as `RULES` wants them."""
-
-    def __init__(self, criterion: Any, given: Mapping[str, Any]) -> None:
-        self.alone = not isinstance(criterion, LossStack)
-        if self.alone:
-            name = type(criterion).__name__
-            second_form = isinstance(criterion, ProgressiveKD) and given.get("target") is None
-            criterion = LossStack({name: criterion}, inputs={name: {"target": None}} if second_form else None)
-        self.stack: Any = criterion
-        self.terms: dict[str, Any] = dict(self.stack.terms.items())
-        for name, x in {**given, "criterion": self.stack.epoch}.items():
-            if isinstance(x, Tensor) and x.is_meta:
-                raise ValueError(f"`{name}` must have values, to be looked at; got a tensor on the meta device.")
-        self.reports, self.state, self.teachers = list[TermReport](), dict[str, str](), list[Any]()
-        self.given, self.tensors, self.rows = given, dict(given), dict[str, Tensor]()
-        logits: Any = given.get("student_logits")
-        mask: Any = given.get("mask")
-        dims = (getattr(term, "class_dim", "") for term in self.terms.values())  # anything, in a user's own module
-        try:
-            axis = _checks.logits(logits, next((dim for dim in dims if isinstance(dim, int | None)), 1))
-            _checks.mask(mask, logits, axis)
-        except (TypeError, ValueError, IndexError):  # of which the terms' own calls speak
-            return
-        self.tensors["student_logits"] = logits.detach().clone().requires_grad_()
-        counts = torch.ones(_checks.positions(logits, axis), dtype=torch.bool) if mask is None else mask.cpu()
-        self.positions = counts.numel()
-        for name, x in given.items():  # what counts, on the CPU: labels and ids, and rows of classes
-            if isinstance(x, Tensor) and not x.is_nested and x.layout is torch.strided:
-                if x.dtype == torch.int64 and x.shape == counts.shape:
-                    self.rows[name] = x.cpu()[counts]
-                elif x.is_floating_point() and x.shape == logits.shape:
-                    self.rows[name] = x.detach().cpu().movedim(axis, -1)[counts].double()
-
-    def of_terms(self) -> Seen:
-        plain = self.cross_entropy()
-        for weight, (name, term) in zip(self.stack._weights.tolist(), self.terms.items(), strict=True):
-            x = SimpleNamespace(name=name, weight=weight, value=None, gradient=None, ratio=None, cut=False)
-            x.refusal = _refusal(self.measure, term, x)
-            if plain and plain.gradient and x.gradient is not None:
-                x.ratio = x.gradient / plain.gradient
-            self.reports.append(TermReport(name, weight, x.value, x.gradient, x.ratio))
-            yield "call" if x.refusal else "term", x
-            if hasattr(term, "_check_update") and not x.refusal:
-                yield "update", SimpleNamespace(name=name, refusal=_refusal(self.check_update, term, name))
-        if all(report.value is not None for report in self.reports) and not self.alone:  # which refuses unknown names
-            yield "call", SimpleNamespace(name="criterion", refusal=_refusal(_called, self.stack, self.tensors))
-        self.reports += [plain] if plain else []
-
-    def cross_entropy(self) -> TermReport | None:
-        """Plain cross-entropy over the positions that count, to compare with."""
-        logits, target = self.rows.get("student_logits"), self.rows.get("target")
-        if logits is None or target is None or (target.is_floating_point() and not distributions(target)):
-            return None
-        leaf, target = _labelled(logits, target)
-        sums = all(getattr(term, "reduction", "sum") == "sum" for term in self.terms.values())
-        value = cross_entropy(leaf.requires_grad_(), target, reduction="sum") / (1 if sums else max(1, len(leaf)))
-        (slope,) = torch.autograd.grad(value, leaf)
-        return TermReport("cross-entropy alone", 1.0, float(value.detach()), float(slope.norm()), 1.0)
-
-    def measure(self, term: Any, x: SimpleNamespace) -> None:
-        """A term's value, and its gradient with respect to `student_logits` if it takes them."""
-        leaf: Any = self.tensors.get("student_logits")
-        picked = self.stack._calls["forward"][x.name].pick(self.tensors)
-        _check_range(term, picked)
-        value = _called(term, picked)
-        if self.rows and any(given is leaf for given in picked.values()):
-            slope = torch.autograd.grad(value.mean(), leaf, allow_unused=True)[0] if value.requires_grad else None
-            x.cut, x.gradient = slope is None, 0.0 if slope is None else x.weight * float(slope.double().norm())
-        x.value = float(value.detach().double().mean())
-        self.teachers.append(picked.get("teacher_logits"))
-
-    def check_update(self, term: Any, name: str) -> None:
-        term._check_update(**self.stack._calls["update"][name].pick(self.tensors))
-
-    def of_states(self) -> Seen:
-        for name, term in self.terms.items():
-            if isinstance(term, ProgressiveKD):
-                x, store = SimpleNamespace(name=name, epoch=int(term.epoch), seen=term._rows_seen), term.targets
-                self.state[name] = f"epoch {x.epoch}, alpha {float(term.alpha):.3g}, {x.seen} rows written in it"
-                if isinstance(store, CachedTargets | EMATargets):
-                    x.known, x.size = int(store.known.sum()), store.num_samples
-                    self.state[name] += f", {x.known} of {x.size} known"
-                    yield "store", x
-            elif isinstance(term, AdversarialDistributionLoss):
-                numbers = {what: float(number) for what, number in term.diagnostics().items()}
-                shown = ", ".join(f"{what} {number:.3g}" for what, number in numbers.items())
-                self.state[name] = f"last update: {shown}" if shown else "no update yet"
-                x = SimpleNamespace(name=name, **{"accuracy": 0.5, "gradient_norm": 0.0, **numbers})
-                x.untrained = not (numbers or term.optimizer is None or term.optimizer.state)
-                x.without_eps = _without_eps(term.optimizer)
-                yield "discriminator", x
-
-    def of_batch(self) -> Seen:
-        if not self.rows:
-            return
-        student, target, index = self.rows["student_logits"], self.rows.get("target"), self.rows.get("index")
-        labels, count = target if target is not None and target.ndim == 1 else None, len(student)
-        if target is not labels and any(isinstance(term, LABELLED) for term in self.terms.values()):
-            yield "target", SimpleNamespace(rows=target)  # to other terms it may be of several labels
-        masked = any(hasattr(term, "class_dim") for term in self.terms.values())  # torch's losses look at no mask
-        ignored = 0 if labels is None or not masked else int((labels == -100).sum())
-        yield "mask", SimpleNamespace(count=count, positions=self.positions, ignored=ignored)
-        if index is not None and index.ndim == 1:
-            yield "index", SimpleNamespace(count=count, ids=index)
-        for name, rows in self.rows.items():
-            teacher = any(self.given[name] is given for given in self.teachers)
-            if count and rows.ndim == 2 and (teacher or name == "student_logits"):
-                x = SimpleNamespace(name=name, rows=rows, count=count, teacher=teacher, student=student)
-                x.graph = self.given[name].requires_grad
-                x.of_labels = 0.0 if labels is None else math.exp(-cross_entropy(*_labelled(rows, labels)))
-                yield "scores", x
-
-    def of_modules(
-        self, model: nn.Module | None, teacher: nn.Module | None, optimizer: torch.optim.Optimizer | None
-    ) -> Seen:
-        terms = self.terms.values()
-        inner = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
-        x = SimpleNamespace(parameters=_parameters(inner), student=_parameters(model) | held)
-        x.awake = sum(module.training for module in inner.modules()) if inner is not None else 0
-        yield "teacher", x
-        asleep = model is not None and not model.training and any(term.training for term in terms)
-        yield "model", SimpleNamespace(asleep=asleep)
-        if optimizer is not None:
-            adversaries = (term.discriminator for term in terms if isinstance(term, AdversarialDistributionLoss))
-            own = (term for term in terms if not isinstance(term, ProgressiveKD))  # a store's are written by `update`
-            wanted = _parameters(model, *own, trainable=True)
-            x = SimpleNamespace(held=held, adversary=_parameters(*adversaries), wanted=wanted, count=len(wanted))
-            yield "optimizer", x
-
-
-def _refusal(function: Callable[..., object], *arguments: Any) -> str | None:
+def _on_cpu(stack: Any, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the positions that count: labels and ids, `(N,)`; scores and probabilities, `(N, C)`."""
+    dims = [term.class_dim for term in stack.terms.values() if isinstance(getattr(term, "class_dim", ""), int | None)]
     try:
-        function(*arguments)
-    except Exception as reason:  # whatever a term raises is what was asked for
-        return str(reason) or type(reason).__name__
-    return None
+        logits, mask = tensors["student_logits"], tensors.get("mask")
+        axis = _checks.logits(logits, dims[0] if dims else 1)
+        _checks.mask(mask, logits, axis)
+        counts = torch.ones(_checks.positions(logits, axis), dtype=torch.bool) if mask is None else mask.cpu()
+        given = {name: x.detach() for name, x in tensors.items() if isinstance(x, Tensor)}
+        labels = {name: x for name, x in given.items() if x.dtype == torch.int64 and x.shape == counts.shape}
+        scores = {name: x for name, x in given.items() if x.is_floating_point() and x.shape == logits.shape}
+        rows = {name: x.movedim(axis, -1).cpu()[counts].double() for name, x in scores.items()}
+        return {name: x.cpu()[counts] for name, x in labels.items()}, rows
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError):  # of which the terms' own calls speak
+        return {}, {}
 
 
-def _called(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """With its buffers left as they are."""
-    return functional_call(module, {name: x.clone() for name, x in module.named_buffers()}, (), dict(arguments))
+def _cross_entropy(scores: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Against class probabilities, or labels, of which those that are no class are left out."""
+    if target.ndim == 1:
+        target = target.masked_fill((target < 0) | (target >= scores.shape[-1]), -100)
+    return nn.functional.cross_entropy(scores, target, reduction=reduction)
 
 
-def _check_range(term: nn.Module, given: Mapping[str, Any]) -> None:
-    """Of ids and labels, here on the CPU, as a GPU that looks up one out of range takes the process down."""
-    cpu = {n: x.cpu() for n in ("index", "partner_index", "target", "mask") if isinstance(x := given.get(n), Tensor)}
-    for name, x in cpu.items():
-        mask = cpu.get("mask")
-        counts = mask if mask is not None and (mask.dtype, mask.shape) == (torch.bool, x.shape) else None
-        if isinstance(term, ProgressiveKD) and name in ("index", "partner_index"):
-            _checks.sample_index(name, x, tuple(x.shape), getattr(term.targets, "num_samples", None), counts)
-        elif isinstance(term, LABELLED) and name == "target" and x.dtype == torch.int64:
-            logits = given.get("student_logits", given.get("input"))
-            axis = _checks.logits(logits, getattr(term, "class_dim", 1))
-            counts = x != term.ignore_index if isinstance(term, nn.CrossEntropyLoss) else counts
-            _checks.labels_in_range(x, logits.shape[axis], counts)
+def _measure(value: Tensor, leaf: Tensor) -> tuple[float, float]:
+    """A value, of several their mean, and the norm of its gradient: 0 where none reaches the leaf."""
+    (slope,) = torch.autograd.grad(value.mean() + 0 * leaf.sum(), leaf)
+    return float(value.detach().double().mean()), float(slope.double().norm())
 
 
-def _labelled(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Without those whose label is no class."""
-    if target.is_floating_point():
-        return rows, target
-    fits = (target >= 0) & (target < rows.shape[-1])
-    return rows[fits], target[fits]
+def _terms(stack: Any, tensors: dict[str, Any], labels: dict[str, Any], scores: dict[str, Any]) -> Seen:
+    """Each term, called with copies of its buffers, and plain cross-entropy, a sum where the terms are sums."""
+    reductions = [getattr(term, "reduction", None) for term in stack.terms.values()]
+    reduction = "sum" if "sum" in reductions and "mean" not in reductions else "mean"
+    leaf, plain, target = torch.zeros(()).requires_grad_(), None, labels.get("target", scores.get("target"))
+    if scores:
+        leaf = tensors["student_logits"].detach().clone().requires_grad_()
+        tensors = {**tensors, "student_logits": leaf}
+    if scores and target is not None and (target.ndim == 1 or distributions(target)):
+        rows = scores["student_logits"].clone().requires_grad_()
+        plain = TermReport("cross-entropy alone", 1.0, *_measure(_cross_entropy(rows, target, reduction), rows), 1.0)
+    for weight, (name, call) in zip(stack._weights.tolist(), stack._calls["forward"].items(), strict=True):
+        buffers = {key: x.clone() for key, x in stack.terms[name].named_buffers()}
+        try:
+            value, slope = _measure(functional_call(stack.terms[name], buffers, (), call.pick(tensors)), leaf)
+        except Exception as reason:  # whatever a term raises is what was asked for
+            yield "call", name, Facts(refusal=str(reason) or type(reason).__name__)
+            yield "", "", TermReport(name, weight)
+            continue
+        gradient = weight * slope if scores and "student_logits" in call.names.values() else None
+        ratio = gradient / plain.gradient if gradient is not None and plain and plain.gradient else None
+        yield "term", name, TermReport(name, weight, value, gradient, ratio)
+    if plain:
+        yield "", "", plain
 
 
-def _without_eps(optimizer: torch.optim.Optimizer | None) -> int:
-    """How many parameters are of a type that has no number as small as their `eps`; fused steps compute in float32."""
-    groups = [g for g in optimizer.param_groups if not g.get("fused")] if optimizer else []
-    held = [(p, g["eps"]) for g in groups for p in g["params"] if isinstance(g.get("eps"), float)]
-    return sum(not torch.tensor(eps, dtype=p.dtype) for p, eps in held)
+def _batch(stack: Any, tensors: dict[str, Any], labels: dict[str, Any], scores: dict[str, Any]) -> Seen:
+    calls, terms, target = stack._calls["forward"].values(), stack.terms.values(), labels.get("target")
+    if "target" in scores and any(isinstance(term, ProgressiveKD | nn.CrossEntropyLoss) for term in terms):
+        yield "target", "target", Facts(rows=scores["target"])  # to other terms it may be of several labels
+    if "index" in labels:
+        yield "index", "index", Facts(ids=labels["index"])
+    student, masked = scores["student_logits"], any("mask" in call.names for call in calls)
+    ignored = (target == -100).sum() if masked and target is not None else 0
+    yield "mask", "mask", Facts(size=tensors["student_logits"].numel(), count=len(student), ignored=ignored)
+    teachers = [call.names.get("teacher_logits") for call in calls]
+    for name, rows in scores.items():
+        if len(student) and name in ("student_logits", *teachers):
+            x = Facts(rows=rows, count=len(rows), student=student, teacher=name in teachers)
+            x.graph = tensors[name].requires_grad
+            x.entropy = math.inf if target is None else _cross_entropy(rows, target)
+            yield "scores", name, x
 
 
-def _parameters(*modules: nn.Module | None, trainable: bool = False) -> set[int]:
-    every = (p for module in modules if module is not None for p in module.parameters())
-    return {id(p) for p in every if p.requires_grad or not trainable}
+def _states(stack: Any, model: Any, teacher: Any, optimizer: Any) -> Seen:
+    for name, term in stack.terms.items():
+        if isinstance(term, ProgressiveKD) and isinstance(term.targets, Table):
+            known, size = term.targets.known.sum(), term.targets.num_samples
+            yield "store", name, Facts(known=known, size=size, epoch=term.epoch, seen=term._rows_seen)
+        if isinstance(term, AdversarialDistributionLoss):
+            adam, last = term.optimizer, term.diagnostics()
+            x = Facts(untrained=adam and not (last or adam.state))
+            x.accuracy, x.gradient_norm = last.get("accuracy", 0.5), last.get("gradient_norm", 0.0)
+            yield "discriminator", name, x
+            for group in adam.param_groups if adam else []:
+                if isinstance(group.get("eps"), float) and not group.get("fused"):  # which computes in float32
+                    yield "eps", name, Facts(rounded=torch.tensor(group["eps"], dtype=group["params"][0].dtype))
+    inner = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
+    held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    if inner is not None:
+        awake = sum(module.training for module in inner.modules())
+        yield "teacher", "teacher", Facts(awake=awake, shared=_parameters(inner) & (_parameters(model) | held))
+    if optimizer is not None:
+        adversaries = [x.discriminator for x in stack.terms.values() if isinstance(x, AdversarialDistributionLoss)]
+        own = [x for x in stack.terms.values() if not isinstance(x, ProgressiveKD)]  # whose store `update` writes
+        missing = {p for p in _parameters(model, *own) - held if p.requires_grad}
+        yield "optimizer", "optimizer", Facts(foreign=_parameters(*adversaries) & held, missing=missing)
+
+
+def _parameters(*modules: Any) -> set[Tensor]:
+    return {p for module in modules if module is not None for p in module.parameters()}
