@@ -186,7 +186,7 @@ FINDINGS = [
     (exploded, "ERROR adversarial: its discriminator's gradient is not finite. Start again with a lower learning rate."),
     (half_precision, "ERROR AdversarialDistributionLoss: `eps` is 0 in the type of its discriminator. Keep that in float32."),
     (lambda w: w.report(student_logits=changed_row(changed_row(w.s, (3, 1), math.nan), (5, 0), math.inf)),
-     "ERROR student_logits: NaN or +inf in 2 of 16 rows,"),
+     "ERROR student_logits: NaN or +inf in 2 of 16 rows, which..."),
     (lambda w: w.report(teacher_logits=w.t.softmax(-1)), "ERROR teacher_logits: it looks like probabilities. Pass logits..."),
     (lambda w: w.report(student_logits=w.s.softmax(-1)), "ERROR student_logits: it looks like probabilities. Pass logits..."),
     (lambda w: w.report(student_logits=w.s.detach()), "ERROR student_logits: it has no graph. Leave out `no_grad()` and..."),

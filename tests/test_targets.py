@@ -106,17 +106,13 @@ def test_of_equal_ids_the_last_kept_row_wins_and_a_dropped_one_may_be_anything(i
 
 @pytest.mark.parametrize("kind", [CachedTargets, EMATargets])
 def test_the_last_of_equal_ids_wins_whatever_threads_write(kind):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(60):
-            store, probs = kind(400, 1000), torch.randn(256, 1000).softmax(-1)
-            index = torch.randperm(400)[:256]
-            index[127] = index[255]
-            store.write(index, probs)
-            assert_close(store.rows[index[255]], probs[255].half(), rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(2)  # until the next test
+    for _ in range(60):
+        store, probs = kind(400, 1000), torch.randn(256, 1000).softmax(-1)
+        index = torch.randperm(400)[:256]
+        index[127] = index[255]
+        store.write(index, probs)
+        assert_close(store.rows[index[255]], probs[255].half(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +144,6 @@ def test_a_file_is_created_and_reopened_with_what_it_holds(build, path):
     again.write(torch.tensor([2]), rows(3))
     assert mapped.read(torch.tensor([2]))[1].item()  # the same file
     assert mapped.known.device.type == "cpu"
-
-
-def test_a_file_is_a_page_that_says_what_it_holds_and_who_writes_it_and_then_the_columns(path):
-    store = CachedTargets(N, C, path=path, dtype=torch.float32)
-    store.write(torch.arange(N), rows(*range(N)))
-    header, *columns = (path.read_bytes()[i : i + 4096] for i in range(0, 3 * 4096, 4096))
-    facts = {"num_samples": N, "num_classes": C, "dtype": "torch.float32", "top_k": None}
-    assert json.loads(header[:4080]) == {"format": "aikd-losses targets 3", **facts}
-    assert struct.unpack("q", header[4080:4088]) == (os.getpid(),)
-    assert columns == [x.ljust(4096, b"\0") for x in (rows(*range(N)).numpy().tobytes(), b"\1" * N)]
-    store.advance_epoch()
-    assert path.read_bytes()[4080:4096] == bytes(16)  # nobody
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -208,7 +192,6 @@ REFUSED = {  # what is done to a file, what is built, and what is said
     "short": (lambda x: x[:-1], {}, HOLD, f"has bytes=12287, not 12288. {BUILD}"),
     "long": (lambda x: x + b"\0", {}, HOLD, f"has bytes=12289, not 12288. {BUILD}"),
     "empty": (lambda x: b"", {}, TARGETS, PASS),
-    "zeros": (lambda x: bytes(9000), {}, TARGETS, PASS),
     "list": (lambda x: b"[1, 2]", {}, TARGETS, PASS),
     "brackets": (lambda x: b"[" * 4096, {}, TARGETS, PASS),
     "version": (header(format="aikd-losses targets 2"), {}, TARGETS, PASS),
@@ -485,8 +468,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_loaded(what, p
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_what_a_store_holds_it_loads_again(dtype):
     """Also rows that are far from sum 1: flat ones of many classes, their few largest, averages that rounding keeps away."""
-    flat = torch.full((1, 5000), 1 / 5000)
-    one = torch.eye(5000)[:1]
+    flat, one = torch.full((1, 5000), 1 / 5000), torch.eye(5000)[:1]
     for store in (
         CachedTargets(2, 5000, dtype=dtype),
         CachedTargets(2, 5000, dtype=dtype, top_k=1),
@@ -526,9 +508,11 @@ def test_a_pickle_of_a_store_whose_file_is_gone_makes_no_new_one(path):
     assert not path.exists()
 
 
-def test_a_store_follows_to_in_device_alone_unless_its_place_was_given(path):
+def test_a_store_follows_to_in_device_alone_and_into_shared_memory_unless_its_place_was_given(path):
     free, *given = CachedTargets(N, C), CachedTargets(N, C, device="cpu"), CachedTargets(N, C, path=path)
     for store in (free, *given):
+        assert not store.double().rows.is_shared()
+        assert store.share_memory().rows.is_shared() == (store is free)
         store.to("meta")
         store.double()
         assert store.rows.dtype == torch.float16
@@ -548,14 +532,6 @@ def test_a_store_without_memory_becomes_an_empty_one_and_loses_no_checkpoint():
     assert not store.read(torch.arange(N))[1].any()
     store.load_state_dict(full.state_dict())
     assert store.known.all()
-
-
-def test_rows_shared_in_memory_are_shared():
-    store = CachedTargets(N, C)
-    store.double()
-    assert not store.rows.is_shared()
-    store.share_memory()
-    assert store.rows.is_shared()
 
 
 # ------------------------------------------------------------------------------------------------------ through a loss
