@@ -537,6 +537,18 @@ def test_a_store_without_memory_becomes_an_empty_one_and_loses_no_checkpoint():
 # ------------------------------------------------------------------------------------------------------ through a loss
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_with_nan_or_inf_is_not_written_and_spoils_no_other(build, bad):
+    spoilt, clean = ProgressiveKD(build()), ProgressiveKD(build())
+    logits, index = torch.randn(4, C), torch.tensor([0, 3, 3, 5])
+    for loss in (spoilt, clean):
+        loss.update(torch.ones(1, C), index=torch.tensor([5]))
+    clean.update(logits[:2], index=index[:2])
+    logits[2:, 1] = bad  # the second of the id 3, and the only one of the id 5
+    spoilt.update(logits, index=index)
+    assert_same(contents(spoilt.targets), contents(clean.targets))
+
+
 def test_a_class_at_minus_infinity_is_written_with_probability_zero():
     loss = ProgressiveKD(CachedTargets(N, C))
     loss.update(torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]), index=torch.tensor([1]))
