@@ -329,7 +329,7 @@ def test_a_file_that_was_being_loaded_is_noticed(path):
     state = CachedTargets(N, C).state_dict()
 
     def loading(store):
-        store._after_load = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        store._file.end = lambda: os.kill(os.getpid(), signal.SIGKILL)
         store.load_state_dict(state)
 
     killed(path, loading)

@@ -51,16 +51,10 @@ class Carrier(nn.Module):
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse, with ValueError or TypeError, what fits in type and shape but not in value."""
 
-    def _before_load(self) -> None:
-        """Say, to whom it concerns, that what is here is about to be overwritten."""
-
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
-        """Take what was saved, all of which fits."""
+        """Take what was saved, all of which fits, and work out anew what follows from it."""
         for name, own in self._saved_tensors().items():
             own.copy_(saved[name].detach())
-
-    def _after_load(self) -> None:
-        """Work out anew what follows from the state just loaded."""
 
     def _own_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -88,9 +82,7 @@ class Carrier(nn.Module):
             inner = {key.removeprefix(f"{name}."): x for key, x in saved.items() if key.startswith(f"{name}.")}
             module.load_state_dict(inner, strict=False)
         if saved.keys() >= self._saved_tensors().keys():  # a table without its flags would be silently wrong
-            self._before_load()
             self._fill(saved)
-            self._after_load()
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """What of a checkpoint does not fit this object, and why."""

@@ -87,12 +87,12 @@ class Owner(Carrier):
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
             kept = {"started": torch.tensor(bool(state), device="cpu"), **(state or twin.state[p])}
-            kept = {key: x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
-            found |= {f"optimizer.state.{name}.{key}": x for key, x in kept.items()}
+            found |= {f"optimizer.state.{name}.{key}": x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
-                x = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
-                found[f"optimizer.param_groups.{i}.{key}"] = x
+                found[f"optimizer.param_groups.{i}.{key}"] = torch.as_tensor(
+                    group[key], dtype=torch.float64, device="cpu"
+                )
         return found
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,13 +28,8 @@ class Ranks:
     def own(self) -> int:
         return dist.get_rank(self.group)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+    def __deepcopy__(self, memo: object) -> Ranks:
         return self  # a group is a connection, which a copy shares
-
-    def __reduce__(self) -> Any:
-        if self.group is not None:
-            raise TypeError("A loss with a `process_group` cannot be pickled: save its `state_dict()`.")
-        return Ranks, (None,)
 
     def _reachable(self, x: Tensor) -> Tensor:
         """`x` on a device that the group's backend can send from."""

@@ -176,11 +176,10 @@ class Table(Carrier):
         if not (sound.all() and saved["rows"].min() >= 0):
             raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1, nothing NaN).")
 
-    def _before_load(self) -> None:
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
         if self._file is not None:
             self._file.begin()
-
-    def _after_load(self) -> None:
+        super()._fill(saved)
         if self._file is not None:
             self._file.end()
         self._forget_writes()  # what is loaded here is loaded on every rank

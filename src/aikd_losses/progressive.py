@@ -86,10 +86,9 @@ class ProgressiveKD(Carrier):
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.alpha = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.alpha = torch.tensor(self._alpha_at(0), dtype=torch.float64, device="cpu")
         self._rows_seen = 0  # since the last advance_epoch
         self._warned = False
-        self._after_load()
 
     def _alpha_at(self, epoch: int) -> float:
         return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
@@ -97,7 +96,8 @@ class ProgressiveKD(Carrier):
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         self._alpha_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
-    def _after_load(self) -> None:
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        super()._fill(saved)
         self.alpha.fill_(self._alpha_at(int(self.epoch)))
 
     def forward(

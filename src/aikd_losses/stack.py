@@ -82,13 +82,13 @@ class LossStack(Carrier):
             *(x for calls in self._calls.values() for call in calls.values() for x in call.names.values()),
         }
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._weights = torch.zeros(len(terms), dtype=torch.float64, device="cpu")
-        self._after_load()
+        self._weights = self._weights_at(0)
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
 
-    def _after_load(self) -> None:
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        super()._fill(saved)
         self._weights.copy_(self._weights_at(int(self.epoch)))
 
     def _weights_at(self, epoch: int) -> Tensor:
