@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -402,6 +403,19 @@ def first_and_second_derivatives_agree_with_finite_differences(kind: Kind) -> No
     value = lambda s: kind.call(loss, x._replace(student=s))  # noqa: E731
     assert gradcheck(value, x.student.requires_grad_(), fast_mode=True)
     assert gradgradcheck(value, x.student, fast_mode=True)
+
+
+@law(*OF_STUDENT)
+def forward_and_reverse_mode_come_in_any_order(kind: Kind) -> None:
+    """Forward over forward mode, too, and under or around a vmap: the second derivatives of the usual composition."""
+    x, loss = batch(torch.float64).of(slice(2)), made(kind, wide=True)
+    value, usual = (lambda s, f=f: f(loss, x._replace(student=s)).mean() for f in (kind.call, kind.usual))
+    expected = torch.autograd.functional.hessian(usual, x.student)
+    forward, reverse = torch.func.jacfwd, torch.func.jacrev
+    for outer, inner in product((forward, reverse), repeat=2):
+        assert_close(outer(inner(value))(x.student), expected)
+    of_two = torch.func.hessian(lambda s: torch.func.vmap(value)(torch.stack([s, s])).sum())
+    assert_close(of_two(x.student), 2 * expected)
 
 
 @law(*OF_STUDENT)

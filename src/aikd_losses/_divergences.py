@@ -13,7 +13,6 @@ Classes are on the last axis. float32 at least. All can be compiled, transformed
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -80,12 +79,10 @@ def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor
 
 def wide(*tensors: Tensor) -> list[Tensor]:
     """float32 at least, all of one type."""
-    dtype = wide_type(*tensors)
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype) for x in tensors]
-
-
-def wide_type(*tensors: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ._divergences import kl, logs, wide, wide_type
+from ._divergences import kl, logs, wide
 
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
 DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits that are large
@@ -30,13 +31,21 @@ How = tuple[Plain, WithGradient, int, bool]  # and how many tensors are learned,
 
 def with_its_gradient(plain: Plain, with_gradient: WithGradient, learned: int, *tensors: Tensor) -> Tensor:
     """`plain(*tensors)`: a value, or one a row. No gradient reaches but the first `learned` tensors."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(_is_dual(x) for x in tensors):
         return plain(*tensors)
     # Autograd cannot save what was made in inference mode.
     tensors = tuple(x.clone() if x.is_inference() else x for x in tensors)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:learned])
     value: Tensor = _WithGradient.apply((plain, with_gradient, learned, wanted), *tensors)[0]  # type: ignore[no-untyped-call]
     return value
+
+
+def _is_dual(x: Tensor) -> bool:
+    """Whether forward mode differentiates with respect to it. (Under `vmap` nobody can tell; its rule asks the plain form.)"""
+    try:
+        return unpack_dual(x).tangent is not None
+    except RuntimeError:
+        return False
 
 
 class _WithGradient(torch.autograd.Function):
@@ -110,7 +119,7 @@ def kl_in_blocks(
         values, slope = kl_of(*wide(student, teacher), scale=scale)
         return reduced(values, reduction), (slope,) if wanted else None
     # Made before the blocks: torch.cat would hold it twice.
-    slopes = student.new_empty((rows if wanted else 0, classes), dtype=wide_type(student, teacher))
+    slopes = wide(student[:0], teacher[:0])[0].new_empty((rows if wanted else 0, classes))
     found = []
     for start in range(0, rows, step):
         block = slice(start, start + step)
