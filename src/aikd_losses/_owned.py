@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from ._carrier import Carrier
 from ._ranks import Ranks
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch's optimizers have a fused step
 NOT_NEGATIVE = ("lr", "betas", "eps", "weight_decay", "momentum", "step", "exp_avg_sq")
 
 
@@ -68,10 +67,8 @@ class Owner(Carrier):
         if self.optimizer is not None:
             state = self.optimizer.state_dict()
             now = dict(zip(before, self.discriminator.parameters(), strict=True))
-            for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            for group in self.optimizer.param_groups:
                 group["params"] = [now[p] for p in group["params"]]  # a move can make new ones of the old
-                if saved.get("fused") and not all(p.device.type in FUSED for p in group["params"]):
-                    saved["fused"] = False
             self.optimizer.load_state_dict(state)  # which moves it to its parameters
         return self
 

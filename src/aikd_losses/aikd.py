@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from ._owned import FUSED
 from .adversarial import AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
@@ -90,8 +89,7 @@ class AIKDLoss(LossStack):
             discriminator = MLPDiscriminator(num_classes)
         if not isinstance(discriminator, nn.Module):
             raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
-        fused = all(p.device.type in FUSED for p in discriminator.parameters())
-        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=fused)
+        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9))
         terms = {
             "progressive": ProgressiveKD(
                 CachedTargets(num_samples, num_classes, process_group=process_group) if targets is None else targets,
