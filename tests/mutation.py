@@ -99,8 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _then_forgotten(build: Callable[..., None]) -> Callable[..., None]:
     """`build`, of what a test needs before it starts: what that calls is not what the test is about."""
 
-    def built(self: object) -> None:
-        build(self)
+    def built(self: object, *settings: object) -> None:
+        build(self, *settings)
         state()._stats.clear()
 
     return built
