@@ -138,7 +138,7 @@ def kl_with_gradient(
     d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
     values = torch.addcmul(difference, p, d, out=d).sum(-1)
     # A CPU sees for free whether that was enough; to look at what a GPU has would make it wait.
-    if not (s.is_cpu and NEAR < float(values.min() if each else values.mean()) < math.inf):
+    if not (s.is_cpu and len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf):
         log_p, log_q, d = logs(s, t, temperature)
         p, q = log_p.exp(), log_q.exp()
         values, difference = kl(log_p, q, d), torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
