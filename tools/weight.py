@@ -14,7 +14,6 @@ LINES, CODE = 3_430, 2_270  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
-    "_calls.py": 84,
     "_carrier.py": 121,
     "_checks.py": 233,
     "_divergences.py": 92,
@@ -34,7 +33,7 @@ BUDGETS = {
     "progressive.py": 246,
     "schedules.py": 75,
     "setup_check.py": 258,
-    "stack.py": 175,
+    "stack.py": 249,
     "targets.py": 119,
     "teacher.py": 64,
 }
