@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_430, 2_270  # of all files; on the way to 2,900 and 1,900
+LINES, CODE = 3_150, 2_050  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -31,7 +31,7 @@ BUDGETS = {
     "linear.py": 108,
     "objectives.py": 137,
     "progressive.py": 246,
-    "schedules.py": 75,
+    "schedules.py": 65,
     "setup_check.py": 258,
     "stack.py": 249,
     "targets.py": 119,
