@@ -414,6 +414,10 @@ def forward_and_reverse_mode_come_in_any_order(kind: Kind) -> None:
     forward, reverse = torch.func.jacfwd, torch.func.jacrev
     for outer, inner in product((forward, reverse), repeat=2):
         assert_close(outer(inner(value))(x.student), expected)
+    by_rows = torch.func.grad_and_value(value)
+    (slope, _), (along, moved) = torch.func.jvp(by_rows, (x.student,), (x.teacher,))
+    assert_close(moved, (slope * x.teacher).sum())
+    assert_close(along.flatten(), expected.view(2 * C, -1) @ x.teacher.flatten())
     of_two = torch.func.hessian(lambda s: torch.func.vmap(value)(torch.stack([s, s])).sum())
     assert_close(of_two(x.student), 2 * expected)
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from multiprocessing import util
@@ -21,7 +20,7 @@ from mutmut.state import state
 from mutmut.utils.file_utils import change_cwd
 
 SLOW = 0.3  # seconds; such tests are for what few tests call
-CASES = 3  # of a test, for what many tests call
+CASES = 3  # of a test and its first parameter, for what many tests call
 FEW, MANY = 40, 250
 CALLED = tempfile.TemporaryDirectory()
 torch.manual_seed = torch.default_generator.manual_seed  # the CPU's alone: a third of the time of a test otherwise
@@ -46,8 +45,9 @@ def _run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[s
     tests, turns, ordered = list(tests), Counter(), []
     refusals = sum("test_messages" in name for name in tests)
     for name in tests:
-        turns[name.partition("[")[0]] += 1
-        turn = turns[name.partition("[")[0]]
+        kind = name.partition("-")[0]  # the test and its first parameter: a law, say
+        turns[kind] += 1
+        turn = turns[kind]
         if "test_messages" in name:
             ordered.append((turn if refusals > FEW else 0, len(ordered), name))
         elif (turn <= CASES or len(tests) <= MANY) and (len(tests) <= FEW or state().duration_by_test[name] <= SLOW):
@@ -85,9 +85,6 @@ def pytest_runtest_teardown() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = {item for item in items if item.originalname == "test_contract" and zlib.crc32(item.nodeid.encode()) % 5}
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
     _items.update((item.nodeid, item) for item in items)
     for item in items:
         item._nodeid = item.nodeid  # mutmut 3.8 reads what pytest 9.2 no longer has

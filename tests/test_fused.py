@@ -48,6 +48,14 @@ def test_float32_is_float64_within_a_millionth(temperature, scale, offset, class
     assert (found - slope).abs().max() <= 1e-5 * slope.abs().max()
 
 
+def test_of_rows_that_are_asked_for_each_is_right_beside_those_that_matter_more():
+    t, gap = torch.randn(60, 10), torch.logspace(-4, 0.5, 60).unsqueeze(-1)
+    s = t + gap * torch.randn(60, 10)
+    values, expected = deterministic_kd(s, t, reduction="none"), usual(s.double(), t, 2.0)
+    assert expected.min() < 1e-6 < 1 < expected.max()
+    assert_close(values.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
