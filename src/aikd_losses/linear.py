@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._divergences import divergence_rows, no_autocast, wide
-from ._fused import Slopes, kl_with_gradient, with_its_gradient
+from ._fused import Slopes, kl_in_blocks, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
 
@@ -98,10 +98,10 @@ def _in_blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tens
     for start in range(0, len(h), step):
         rows = slice(start, start + step)
         logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows])
-        values, slope = kl_with_gradient(*wide(*logits), temperature=temperature)
-        total += values.sum()
-        if wanted:
-            slope = slope.to(w.dtype)
+        value, found = kl_in_blocks(wanted, *logits, temperature=temperature, reduction="sum")
+        total += value
+        if found is not None:
+            slope = found[0].to(w.dtype)
             slopes[0][rows] = slope @ w
             slopes[1].addmm_(slope.t(), h[rows])
             slopes[2].add_(slope.sum(0))
