@@ -582,7 +582,7 @@ OTHERS = {
         lambda w: (w.mlp.requires_grad_(False), w.of_mlp.update(w.s, w.t)),
     ],
     "RuntimeError: `update` must not be called in eval mode: it would remember predictions of evaluation. Call `.train()` on "
-    "the loss, or pass `index=None`.": [
+    "it.": [
         lambda w: w.progressive.eval().update(w.s, index=w.i),
         lambda w: w.method.eval().update(**w.all),
     ],

@@ -151,8 +151,7 @@ class ProgressiveKD(Carrier):
         """
         if not self.training:
             raise RuntimeError(
-                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call "
-                "`.train()` on the loss, or pass `index=None`."
+                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call `.train()` on it."
             )
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
