@@ -1,14 +1,13 @@
 r"""The divergences of two softmax distributions and cross-entropy, a value a row, in plain torch.
 
-With $p = \mathrm{softmax}(t/T)$, $q = \mathrm{softmax}(s/T)$, $d = \log q - \log p$ and $\varphi(d) = e^d - 1 - d$:
+With $p = \mathrm{softmax}(t/T)$ and $q = \mathrm{softmax}(s/T)$, the teacher's and the student's side:
 
-$$\mathrm{KL}(p \,\|\, q) = \sum p\,\varphi(d), \qquad \mathrm{KL}(q \,\|\, p) = \sum q\,\varphi(-d)$$
+$$\mathrm{KL}(p \,\|\, q) = \sum p\,(\log p - \log q), \qquad \mathrm{KL}(q \,\|\, p) = \sum q\,(\log q - \log p)$$
 $$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\, m), \qquad m = \beta p + (1-\beta) q$$
 
-As p and q sum to 1, these are the usual $\sum p\,(\log p - \log q)$. But no term is negative, so that nothing cancels where
-the two sides are near each other, as they are where T is large.
-
-Classes are on the last axis. float32 at least. All can be compiled, transformed and differentiated again.
+Where the sides are near each other, as they are where T is large, the summands nearly cancel, and float32 has no digit left. So
+divergences are computed in float64, on every device that has it. Classes are on the last axis; a value is float32 at least.
+All of it can be compiled, transformed and differentiated again.
 """
 
 import math
@@ -18,53 +17,36 @@ import torch
 from torch import Tensor
 
 
-def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float) -> Tensor:
+def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float = 0.5) -> Tensor:
     """$T^2 D(p, q)$ by its name."""
-    log_p, log_q, d = logs(s, t, temperature)
-    p, q = log_p.exp(), log_q.exp()
+    log_p, log_q = log_softmaxes(t, s, temperature)
     if name == "forward_kl":
-        return temperature**2 * kl(log_p, q, d)
-    if name == "reverse_kl":
-        return temperature**2 * kl(log_q, p, -d)
-    m = beta * p + (1 - beta) * q
-    # log m - log p = log(beta + (1 - beta) e^d) and log m - log q, each from the side on which nothing overflows.
-    above, below = torch.where(d > 0, d, 0.0), torch.where(d > 0, 0.0, d)
-    shared = torch.log1p(beta * torch.expm1(-above)) + torch.log1p((1 - beta) * torch.expm1(below))
-    return temperature**2 * (beta * kl(log_p, m, shared + above) + (1 - beta) * kl(log_q, m, shared - below))
+        value = kl(log_p, log_q)
+    elif name == "reverse_kl":
+        value = kl(log_q, log_p)
+    else:
+        m = beta * log_p.exp() + (1 - beta) * log_q.exp()
+        log_m = m.clamp_min(torch.finfo(m.dtype).tiny).log()  # finite, as its gradient is, also where neither side is
+        value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return (temperature**2 * value).to(wide(s, t)[0].dtype)
 
 
-def logs(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""$\log p$, $\log q$ and their difference $d$.
-
-    Where the sides are near, d is not the difference of two logarithms, each rounded on its own, but comes from that of the
-    logits, $u = (s-t)/T$, less its mean under p: $d = u - \log(1 + \sum p\,\varphi(u))$.
-    """
-    s, t = wide(s, t)
-    log_p, log_q = torch.log_softmax(t / temperature, -1), torch.log_softmax(s / temperature, -1)
-    p = log_p.exp()
-    excluded = (s == -math.inf) & (t == -math.inf)
-    u = ((s - t) / temperature).masked_fill(excluded, 0.0)
-    u = u - (p * u).sum(-1, keepdim=True)
-    near = u.detach().abs().amax(-1, keepdim=True) < 1  # False for NaN
-    u = torch.where(near, u, 0.0)
-    d = torch.where(near, u - torch.log1p((p * _phi(u)).sum(-1, keepdim=True)), log_q - log_p)
-    return log_p, log_q, d.masked_fill(excluded, 0.0)
+def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> list[Tensor]:
+    r"""$\log p$ and $\log q$."""
+    # Apple's GPUs have no float64.
+    exact = [x.float() if x.device.type == "mps" else x.double() for x in (t, s)]
+    return [torch.log_softmax(x / temperature, -1) for x in exact]
 
 
-def kl(log_a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    r"""$\sum a\,\varphi(d) = \sum b - a - a\,d$ with $d = \log b - \log a$. A class with a = 0 counts b, the limit; one with
-    a > 0 = b counts inf, also where a is so small that float32 rounds it to 0 (0 * inf would be NaN)."""
-    a = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny)
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    r"""$\sum a\,(\log a - \log b) = \sum a\,(e^d - 1 - d)$, $d = \log b - \log a$, as a and b sum to 1; no summand is
+    negative. A class with a = 0 counts b, the limit; one with a > 0 = b counts inf, also where a is rounded to 0."""
     excluded = log_a == -math.inf
-    d = d.masked_fill(excluded, 0.0)
-    terms = torch.where(d < 1, a * _phi(d.clamp_max(1.0)), b - a - a * d)
+    a, b = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny), log_b.exp()
+    d = (log_b - log_a).masked_fill(excluded, 0.0)
+    small = d.clamp_max(1.0)  # beyond, e^d may overflow
+    terms = torch.where(d < 1, a * (torch.expm1(small) - small), b - a - a * d)
     return torch.where(excluded, b, terms).sum(-1)
-
-
-def _phi(d: Tensor) -> Tensor:
-    """$e^d - 1 - d$; by its series where that would cancel."""
-    series = d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7)))))
-    return torch.where(d.abs() < 0.1, series, torch.expm1(d) - d)
 
 
 def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor:

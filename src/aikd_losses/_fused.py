@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ._divergences import kl, logs, wide
+from ._divergences import kl, log_softmaxes, wide
 
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
-DEVICE_BLOCK = 2**24  # elements that other devices do: little beside logits that are large
-NEAR = 0.01  # nats, below which the usual sum may have lost more than a hundred-thousandth
+DEVICE_BLOCK = 2**22  # elements that other devices do: little beside logits that are large
+NEAR = 0.01  # nats, below which a sum in float32 may have lost more than a hundred-thousandth
 
 Slopes = tuple[Tensor, ...] | None  # gradients, if they are wanted
 Plain = Callable[..., Tensor]  # tensors -> a value, or one a row
@@ -129,20 +129,20 @@ def kl_in_blocks(
 
 
 def kl_with_gradient(
-    s: Tensor, t: Tensor, *, temperature: float, each: bool = False, scale: float = 1.0, out: Tensor | None = None
+    s: Tensor, t: Tensor, *, temperature: float, each: bool, scale: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""$T^2\,\mathrm{KL}(p \,\|\, q)$ a row, and `scale` times its gradient $T\,(q - p)$, put into `out`. Five digits are
     right of the sum of the rows or, if asked for, of `each`."""
-    log_q, log_p = torch.log_softmax(s * (1 / temperature), -1), torch.log_softmax(t * (1 / temperature), -1)
-    p = log_p.exp()
-    d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
-    values = torch.addcmul(difference, p, d, out=d).sum(-1)
-    # A CPU sees for free whether that was enough; to look at what a GPU has would make it wait.
-    if not (s.is_cpu and len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf):
-        log_p, log_q, d = logs(s, t, temperature)
-        p, q = log_p.exp(), log_q.exp()
-        values, difference = kl(log_p, q, d), torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
-    return values.mul_(temperature**2), torch.mul(difference, temperature * scale, out=out)
+    if s.is_cpu:  # which sees for free whether float32 was enough; to look at what a GPU has would make it wait
+        log_q, log_p = torch.log_softmax(s * (1 / temperature), -1), torch.log_softmax(t * (1 / temperature), -1)
+        p = log_p.exp()
+        d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
+        values = torch.addcmul(difference, p, d, out=d).sum(-1)
+        if len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf:
+            return values.mul_(temperature**2), torch.mul(difference, temperature * scale, out=out)
+    log_p, log_q = log_softmaxes(t, s, temperature)
+    slope = torch.mul(log_q.exp() - log_p.exp(), temperature * scale, out=out)
+    return (temperature**2 * kl(log_p, log_q)).to(s.dtype), slope.to(s.dtype)
 
 
 def reduced(values: Tensor, reduction: str) -> Tensor:
