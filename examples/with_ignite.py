@@ -2,7 +2,7 @@
 
     python examples/with_ignite.py
     ...
-    epoch 40  progressive 0.810  deterministic 0.098  adversarial -0.054
+    epoch 40  progressive 0.810  deterministic 0.098  adversarial -0.046
     test accuracy: pre-trained 60.82%, student 63.38%
 
 A checkpoint handler takes `{"model": model, "criterion": criterion, "optimizer": optimizer}`; attach it after the event

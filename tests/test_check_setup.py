@@ -457,7 +457,11 @@ def test_a_compiled_criterion_is_looked_at_as_it_is(world):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (dict(criterion=[1]), TypeError, "Term 'list' must be an nn.Module (an instance, and no function)"),
+        (
+            dict(criterion=[1]),
+            TypeError,
+            "Term 'list' must be an nn.Module (an instance; call a function in its `forward`)",
+        ),
         (dict(criterion=LossStack({"a": Hidden()}), hidden=0, label=0), TypeError, "No term uses `label`; the terms a"),
         (dict(model=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),
         (dict(teacher=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),

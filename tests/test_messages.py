@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import aikd_losses
 from aikd_losses import (
     AdversarialDistributionLoss,
+    AdversarialObjective,
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
@@ -193,7 +194,7 @@ FLOATING = {
 DEVICE = "ValueError: `{name}` must be on the device of `student_logits`, cpu; got meta. Move it with `.to('cpu')`."
 AS_LOGITS = "ValueError: `{name}` must have the shape of `student_logits`, (4, 3); got"
 AS_POSITIONS = "ValueError: `{name}` must have the shape of `student_logits` without its class axis, (4,); got"
-AN_INSTANCE = "must be an nn.Module (an instance, and no function); got"
+AN_INSTANCE = "must be an nn.Module (an instance; call a function in its `forward`); got"
 HELD = "ValueError: `optimizer` must hold exactly the discriminator's 6 parameters;"
 BUILD_IT = "Build it from `discriminator.parameters()`."
 NAMED = "must name its tensors in `forward`, each to be passed by keyword; got"
@@ -504,6 +505,7 @@ ODD_STORE = SimpleNamespace(read=lambda at: (torch.zeros(len(at) - 1, C), at > 0
 
 LIMITS = "For the limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
 SCORES = "ValueError: `discriminator` must return a score a row, shape"
+MEANS = AdversarialObjective(lambda t, s: (s - t).mean(), lambda s, _: -s.mean())
 NO_SCALAR = "must give a scalar tensor (reduction='mean' or 'sum'); got"
 
 
@@ -571,6 +573,15 @@ OTHERS = {
     f"{SCORES} (8,) or (8, 1) for rows of shape (8, 3); got (1, 8).": [
         lambda w: adversarial(scores(1, 2 * N)).discriminator_loss(w.s, w.t)
     ],
+    "ValueError: `penalty` must return a value a row, shape (4,); got (4, 1).": [
+        lambda w: adversarial(scores(2 * N), penalty=lambda score, t, s: t[:, :1]).discriminator_loss(w.s, w.t)
+    ],
+    "ValueError: `objective.discriminator` must return a value a row, shape (4,); got ().": [
+        lambda w: adversarial(scores(2 * N), objective=MEANS).discriminator_loss(w.s, w.t)
+    ],
+    "ValueError: `objective.student` must return a value a row, shape (4,); got ().": [
+        lambda w: adversarial(scores(N), objective=MEANS)(w.s, w.t)
+    ],
     "TypeError: … takes 2 positional arguments but 3 were given": [
         lambda w: w.of_mlp(w.s, w.t, condition=w.y),
         lambda w: w.of_mlp.update(w.s, w.t, condition=w.y),
@@ -590,10 +601,7 @@ OTHERS = {
     "`.train()` on the loss.": [lambda w: w.adversarial.eval().update(w.s, w.t)],
     # what a stack is given
     needs("progressive", "target", "student_logits, teacher_logits, index"): [
-        *(lambda w: w.stack(**w.all), lambda w: w.method(**w.all))
-    ],
-    needs("progressive", "target", "student_logits, teacher_logits, index, target"): [
-        lambda w: w.stack(**w.all, target=None)
+        *(lambda w: w.stack(**w.all), lambda w: w.method(**w.all), lambda w: w.stack(**w.all, target=None))
     ],
     needs("progressive", "index", "student_logits, teacher_logits"): [
         lambda w: w.method.update(student_logits=w.s, teacher_logits=w.t)

@@ -183,7 +183,10 @@ def header(**facts):
 
 HOLD = "hold the store that is asked for"
 TARGETS = "be a file of targets (aikd-losses targets 3)"
-BUILD, PASS = "Build the store with the file's settings, or pass another path.", "is not. Pass another path."
+BUILD, PASS = (
+    "Build the store with the file's settings, pass another path, or delete it and load a checkpoint.",
+    "is not. Pass another path.",
+)
 REFUSED = {  # what is done to a file, what is built, and what is said
     "samples": (bytes, {"num_samples": 11}, HOLD, f"has num_samples=10, not 11. {BUILD}"),
     "dtype": (bytes, {"dtype": torch.float32}, HOLD, f"has dtype='torch.float16', not 'torch.float32'. {BUILD}"),

@@ -120,22 +120,22 @@ def values_are_free(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and all(x is None or x.device.type == "cpu" for x in tensors)
 
 
-def logits(value: object, dim: int | None, name: str = "student_logits") -> int:
+def logits(value: object, dim: int | None) -> int:
     """Floating scores with at least two axes; returns the position of the class axis."""
-    x = floating(name, value)
+    x = floating("student_logits", value)
     if x.ndim < 2:
-        raise ValueError(f"`{name}` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
+        raise ValueError(f"`student_logits` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None and x.ndim > 2:
         raise ValueError(
-            f"`class_dim` is required for logits of more than 2 axes; got `{name}` of shape {tuple(x.shape)}. "
+            f"`class_dim` is required for logits of more than 2 axes; got `student_logits` of shape {tuple(x.shape)}. "
             "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
         )
     dim = 1 if dim is None else dim
     if not -x.ndim <= dim < x.ndim:
-        raise IndexError(f"`class_dim` must be an axis of `{name}`, which has {x.ndim}; got {dim}.")
+        raise IndexError(f"`class_dim` must be an axis of `student_logits`, which has {x.ndim}; got {dim}.")
     if x.shape[dim] < 2:
         raise ValueError(
-            f"`{name}` must have at least 2 classes on axis {dim}; got shape {tuple(x.shape)}. For one score z a "
+            f"`student_logits` must have at least 2 classes on axis {dim}; got shape {tuple(x.shape)}. For one score z a "
             "sample (binary), pass torch.cat([torch.zeros_like(z), z], dim)."
         )
     return dim % x.ndim

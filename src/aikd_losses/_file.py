@@ -96,7 +96,7 @@ def _refuse_other(file: IO[bytes], wanted: dict[str, Any], size: int) -> None:
         differences = ", ".join(f"{key}={found.get(key)!r}, not {wanted.get(key)!r}" for key in differing)
         raise ValueError(
             f"`path` must hold the store that is asked for; {file.name!r} has {differences}. Build the store with the file's "
-            "settings, or pass another path."
+            "settings, pass another path, or delete it and load a checkpoint."
         )
 
 

@@ -116,6 +116,7 @@ class AdversarialDistributionLoss(Owner):
         with no_autocast(s):
             of_teacher = score(self._seen(t)) if objective.paired else None
             values = objective.student(score(self._seen(s)), of_teacher)
+            _checks.shaped("objective.student", values, (len(s),), "must return a value a row, shape ")
         return functional.reduce_positions(values.view(shape), mask, self.reduction)
 
     student_loss = forward
@@ -217,9 +218,11 @@ class AdversarialDistributionLoss(Owner):
         twice = tuple(torch.cat([x, x]) for x in given)
         of_teacher, of_student = self._score(state, twice, both).chunk(2)
         values = objective_of(self.objective).discriminator(of_teacher, of_student)
+        _checks.shaped("objective.discriminator", values, (len(s),), "must return a value a row, shape ")
         if self.penalty is not None:
             once = tuple(x.chunk(2)[0] for x in twice)  # no tensors of inference mode, as `given` may be
-            values = values + self.penalty(partial(self._score, state, once), *both.chunk(2))
+            penalty = self.penalty(partial(self._score, state, once), *both.chunk(2))
+            values = values + _checks.shaped("penalty", penalty, (len(s),), "must return a value a row, shape ")
         return values, of_teacher - of_student
 
     def _rows(

@@ -41,7 +41,7 @@ class _Call:
             elif parameter == "index" and name in tensors:
                 picked[parameter] = None  # says: no ids here
             elif parameter in self.required:
-                given = ", ".join(tensors) or "nothing"
+                given = ", ".join(key for key, x in tensors.items() if x is not None) or "nothing"
                 raise TypeError(
                     f"Term {self.term!r} needs `{name}`; got {given}. Pass it by name, or use the `inputs` of the stack "
                     "to rename or withhold it."
@@ -239,7 +239,9 @@ def _has(term: nn.Module, method: str) -> bool:
 
 def _check_term(name: str, term: object) -> None:
     if not isinstance(term, nn.Module):
-        raise TypeError(f"Term {name!r} must be an nn.Module (an instance, and no function); got {term!r}.")
+        raise TypeError(
+            f"Term {name!r} must be an nn.Module (an instance; call a function in its `forward`); got {term!r}."
+        )
     if isinstance(term, LossStack):
         raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
     if isinstance(term, NOT_OF_LOGITS):
