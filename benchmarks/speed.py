@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -119,6 +120,11 @@ def rows(device: torch.device) -> Iterator[Row]:
         t = torch.randn(shape, device=device)
         theirs = {name: partial(loss, t=t) for name, loss in others.items()}
         yield Row("KD", shape, partial(term, teacher_logits=t), partial(kd, t=t), bounds, peers=theirs)
+    t = torch.randn((256, 1000), device=device)
+    yield Row("KD, near", t.shape, lambda s, t=t: term(t + 0.1 * s, t), lambda s, t=t: kd(t + 0.1 * s, t))
+    for name in ("reverse_kl", "js"):
+        other = DeterministicKD(temperature=4.0, divergence=name)
+        yield Row(f"KD, {name}", t.shape, partial(other, teacher_logits=t), partial(backwards, t=t, name=name))
     for shape in ((256, 1000), (64, 21841)):
         t = torch.randn(shape, device=device, dtype=torch.bfloat16)
         ours = partial(term, teacher_logits=t)
@@ -128,6 +134,16 @@ def rows(device: torch.device) -> Iterator[Row]:
     yield together((64, 21841), device, {})
     for make in (with_store, adversarial, linear_heads, resnet_step):
         yield make(device)
+
+
+def backwards(s: Tensor, t: Tensor, name: str) -> Tensor:
+    """Reverse KL and Jensen-Shannon, as they are usually written, in float32."""
+    log_p, log_q = F.log_softmax(t / 4.0, -1), F.log_softmax(s / 4.0, -1)
+    to = partial(F.kl_div, reduction="batchmean", log_target=True)
+    if name == "reverse_kl":
+        return to(log_p, log_q) * 16.0
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (0.5 * to(log_m, log_p) + 0.5 * to(log_m, log_q)) * 16.0
 
 
 def together(shape: tuple[int, int], device: torch.device, bounds: dict[str, float]) -> Row:
@@ -178,7 +194,7 @@ def adversarial(device: torch.device) -> Row:
     n, c = 128, 100
     t = torch.randn(n, c, device=device)
     first, second = (MLPDiscriminator(c).to(device) for _ in range(2))
-    adam = torch.optim.Adam(first.parameters(), lr=1e-3, betas=(0.5, 0.9), fused=True)
+    adam = torch.optim.Adam(first.parameters(), lr=1e-3, betas=(0.5, 0.9))
     usual_adam = torch.optim.Adam(second.parameters(), lr=1e-3, betas=(0.5, 0.9))
     term = AdversarialDistributionLoss(
         first, objective="wasserstein", penalty=GradientPenalty(10.0), optimizer=adam

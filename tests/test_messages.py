@@ -232,7 +232,7 @@ NUMBER = {"TypeError: `{name}` must be a number; got {got}.": ["4", True, 1j]}
 NOT_NEGATIVE = {**NUMBER, "ValueError: `{name}` must be a finite number not below 0; got {got}.": [-0.5, NAN, INF]}
 POSITIVE = {
     **NUMBER,
-    "ValueError: `{name}` must be in the interval [1e-18, 1e+18]; got {got}.": [0.0, -1, NAN, INF, 10**400, 1e-30],
+    "ValueError: `{name}` must be in the interval [1e-09, 1e+09]; got {got}.": [0.0, -1, NAN, INF, 10**400, 1e-30],
 }
 SHARE = {**NUMBER, f"{UNIT} {{got}}.": [1.1, -1, NAN, INF]}
 SCHEDULE = {

@@ -268,3 +268,39 @@ def test_a_batch_fetch_of_the_data_set_is_used():
     assert IndexedDataset(Batched()).__getitems__([3, -4]) == [(30, 3), (0, 0)]
     with pytest.raises(ValueError, match="zip"):
         IndexedDataset(Batched()).__getitems__([3, 1])
+
+
+class Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, student_logits):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "total"),
+    [
+        ([torch.tensor(3)], 0.5, 1.5),
+        ([torch.tensor(6e4).half()] * 2, 1.0, 120_000.0),  # inf in their own type
+        ([torch.tensor(1.0).double(), torch.tensor(2.0).half()], 0.1, 0.3),
+    ],
+)
+def test_values_of_any_type_are_summed_in_float32_at_least(values, weight, total):
+    terms = {f"{i}": Constant(value) for i, value in enumerate(values)}
+    found, _ = LossStack(terms, weights=dict.fromkeys(terms, weight))(student_logits=torch.zeros(1, 2))
+    assert found.item() == pytest.approx(total)
+
+
+def test_a_constant_may_be_on_another_device():
+    terms = {"constant": Constant(torch.tensor(1.0)), "elsewhere": Constant(torch.zeros((), device="meta"))}
+    assert LossStack(terms)(student_logits=torch.zeros(1, 2))[0].is_meta
+
+
+def test_an_alpha_that_is_refused_stops_the_stack_before_any_term():
+    later = ProgressiveKD(CachedTargets(4, 2), alpha=lambda epoch: 0.5 + epoch)
+    stack = LossStack({"first": ProgressiveKD(CachedTargets(4, 2)), "later": later})
+    with pytest.raises(ValueError, match=r"`alpha\(1\)` must be in the interval"):
+        stack.advance_epoch()
+    assert [int(x.epoch) for x in (stack, *stack.terms.values())] == [0, 0, 0]

@@ -351,6 +351,19 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(optimizer, key
     assert same(loss.optimizer.state_dict(), groups)
 
 
+def test_of_a_shared_store_that_does_not_fit_once_nothing_is_loaded():
+    def build():
+        store = CachedTargets(N, C)
+        return LossStack({name: ProgressiveKD(store) for name in ("a", "b")})
+
+    saved, stack = build(), build()
+    saved.epoch.fill_(3)
+    before = copy.deepcopy(stack.state_dict())
+    with pytest.raises(RuntimeError, match=r"`terms.b.targets.rows` in the checkpoint is torch.float32 of shape"):
+        stack.load_state_dict({**saved.state_dict(), "terms.b.targets.rows": torch.zeros(1, 1)})
+    assert same(stack.state_dict(), before)
+
+
 @pytest.mark.parametrize("lacking", [MOMENT, WEIGHT])
 def test_what_a_checkpoint_lacks_is_named_and_an_optimizer_is_loaded_whole_or_not_at_all(lacking):
     saved, loss = adversarial(), adversarial()

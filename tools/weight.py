@@ -10,30 +10,30 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_150, 2_050  # of all files; on the way to 2,900 and 1,900
+LINES, CODE = 3_160, 2_060  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
-    "_carrier.py": 121,
+    "_carrier.py": 123,
     "_checks.py": 233,
-    "_divergences.py": 92,
+    "_divergences.py": 81,
     "_file.py": 114,
-    "_fused.py": 152,
+    "_fused.py": 172,
     "_owned.py": 145,
     "_ranks.py": 80,
     "_table.py": 213,
-    "adversarial.py": 253,
+    "adversarial.py": 256,
     "aikd.py": 126,
     "data.py": 52,
     "deterministic.py": 91,
     "discriminators.py": 50,
-    "functional.py": 141,
+    "functional.py": 138,
     "linear.py": 108,
     "objectives.py": 137,
-    "progressive.py": 246,
+    "progressive.py": 245,
     "schedules.py": 65,
     "setup_check.py": 258,
-    "stack.py": 249,
+    "stack.py": 258,
     "targets.py": 119,
     "teacher.py": 64,
 }

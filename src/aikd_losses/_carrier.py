@@ -68,7 +68,9 @@ class Carrier(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
-        parts = [(name, part) for name, part in self.named_modules(prefix=prefix[:-1]) if isinstance(part, Carrier)]
+        parts = [
+            (name, part) for name, part in self.named_modules(None, prefix[:-1], False) if isinstance(part, Carrier)
+        ]
         misfits = [sentence for name, part in parts for sentence in part._misfits(state_dict, name and f"{name}.")]
         if misfits:
             whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"

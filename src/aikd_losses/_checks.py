@@ -65,7 +65,7 @@ def divergence(value: object, beta: object) -> float:
 
 
 def temperature(value: object) -> float:
-    return number("temperature", value, 1e-18, 1e18)  # whose square float32 holds
+    return number("temperature", value, 1e-9, 1e9)  # beyond, float64 has too few digits for near distributions
 
 
 def class_dim(value: object) -> int | None:

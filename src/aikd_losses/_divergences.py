@@ -25,10 +25,17 @@ def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta
     elif name == "reverse_kl":
         value = kl(log_q, log_p)
     else:
-        m = beta * log_p.exp() + (1 - beta) * log_q.exp()
-        log_m = m.clamp_min(torch.finfo(m.dtype).tiny).log()  # finite, as its gradient is, also where neither side is
+        log_m = log_mixture(log_p, log_q, beta)
         value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
     return (temperature**2 * value).to(wide(s, t)[0].dtype)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    r"""$\log m$, from the side on which nothing overflows; that of either side where they are equal."""
+    d = (log_q - log_p).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+    above, below = torch.where(d > 0, d, 0.0), torch.where(d > 0, 0.0, d)
+    from_q, from_p = torch.log1p(beta * torch.expm1(-above)), torch.log1p((1 - beta) * torch.expm1(below))
+    return torch.where(d > 0, log_q + from_q, log_p + from_p)
 
 
 def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> list[Tensor]:

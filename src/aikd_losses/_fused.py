@@ -1,7 +1,7 @@
 r"""A loss whose gradient is made together with its value.
 
 The gradient of $T^2\,\mathrm{KL}(p \,\|\, q)$ with respect to the student's logits is $T\,(q - p)$: at hand in the forward
-pass, where autograd would keep four tensors of the size of the logits to work it out later. So that one tensor is kept, and
+pass, where autograd would keep several tensors of the size of the logits to work it out later. So that one tensor is kept, and
 whatever is needed to make it exists for a block of rows at a time.
 
 Where a gradient is transformed, batched or differentiated again, and under `torch.compile`, the plain form is asked instead.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ._divergences import kl, log_softmaxes, wide
+from ._divergences import kl, log_mixture, log_softmaxes, wide
 
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
 DEVICE_BLOCK = 2**22  # elements that other devices do: little beside logits that are large
@@ -107,33 +107,45 @@ def _times(slope: Tensor, grad: Tensor) -> Tensor:
         return slope * grad
 
 
-def kl_in_blocks(
-    wanted: bool, student: Tensor, teacher: Tensor, *, temperature: float, reduction: str
+def in_blocks(
+    wanted: bool, student: Tensor, teacher: Tensor, *, name: str, temperature: float, beta: float, reduction: str
 ) -> tuple[Tensor, Slopes]:
-    r"""$T^2\,\mathrm{KL}(p \,\|\, q)$ of the rows (N, C), reduced, and its gradient."""
+    r"""$T^2 D(p, q)$ of the rows (N, C), reduced, and its gradient."""
     rows, classes = student.shape
     step = max(1, (BLOCK if student.is_cpu else DEVICE_BLOCK) // classes)
-    kl_of = partial(kl_with_gradient, temperature=temperature, each=reduction == "none")
     scale = 1 / max(1, rows) if reduction == "mean" else 1.0
+    block = partial(rows_with_gradient, name, beta, temperature, reduction == "none", scale)
     if rows <= step:
-        values, slope = kl_of(*wide(student, teacher), scale=scale)
+        values, slope = block(*wide(student, teacher))
         return reduced(values, reduction), (slope,) if wanted else None
     # Made before the blocks: torch.cat would hold it twice.
     slopes = wide(student[:0], teacher[:0])[0].new_empty((rows if wanted else 0, classes))
     found = []
     for start in range(0, rows, step):
-        block = slice(start, start + step)
-        values, _ = kl_of(*wide(student[block], teacher[block]), scale=scale, out=slopes[block] if wanted else None)
-        found.append(values)
+        at = slice(start, start + step)
+        s, t = wide(student[at], teacher[at])
+        found.append(block(s, t, out=slopes[at] if wanted else None)[0])
     return reduced(torch.cat(found), reduction), (slopes,) if wanted else None
 
 
-def kl_with_gradient(
-    s: Tensor, t: Tensor, *, temperature: float, each: bool, scale: float, out: Tensor | None = None
+def rows_with_gradient(
+    name: str,
+    beta: float,
+    temperature: float,
+    each: bool,
+    scale: float,
+    s: Tensor,
+    t: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""$T^2\,\mathrm{KL}(p \,\|\, q)$ a row, and `scale` times its gradient $T\,(q - p)$, put into `out`. Five digits are
-    right of the sum of the rows or, if asked for, of `each`."""
-    if s.is_cpu:  # which sees for free whether float32 was enough; to look at what a GPU has would make it wait
+    r"""$T^2 D(p, q)$ a row, and `scale` times its gradient, put into `out`. Five digits are right of the sum of the rows or, if
+    asked for, of `each`. The gradient with respect to s is T times
+
+    | forward KL | reverse KL | JS |
+    |---|---|---|
+    | $q - p$ | $q\,(\log q - \log p - \mathrm{KL}(q \,\|\, p))$ | $(1-\beta)\,q\,(\log q - \log m - \mathrm{KL}(q \,\|\, m))$ |
+    """
+    if name == "forward_kl" and s.is_cpu:  # which sees for free whether float32 was enough; a GPU would have to wait
         log_q, log_p = torch.log_softmax(s * (1 / temperature), -1), torch.log_softmax(t * (1 / temperature), -1)
         p = log_p.exp()
         d, difference = log_p.sub_(log_q), log_q.exp_().sub_(p)
@@ -141,8 +153,16 @@ def kl_with_gradient(
         if len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf:
             return values.mul_(temperature**2), torch.mul(difference, temperature * scale, out=out)
     log_p, log_q = log_softmaxes(t, s, temperature)
-    slope = torch.mul(log_q.exp() - log_p.exp(), temperature * scale, out=out)
-    return (temperature**2 * kl(log_p, log_q)).to(s.dtype), slope.to(s.dtype)
+    q = log_q.exp()
+    if name == "forward_kl":
+        values, slope = kl(log_p, log_q), q - log_p.exp()
+    else:
+        log_b = log_p if name == "reverse_kl" else log_mixture(log_p, log_q, beta)
+        values = of_q = kl(log_q, log_b)
+        slope = q * ((log_q - log_b).masked_fill(q == 0, 0.0) - of_q.unsqueeze(-1))
+        if name == "js":
+            values, slope = beta * kl(log_p, log_b) + (1 - beta) * of_q, (1 - beta) * slope
+    return (temperature**2 * values).to(s.dtype), torch.mul(slope, temperature * scale, out=out).to(s.dtype)
 
 
 def reduced(values: Tensor, reduction: str) -> Tensor:

@@ -8,13 +8,14 @@ and float64 for float64 logits, whatever autocast says.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._divergences import cross_entropy, divergence_rows, wide
-from ._fused import kl_in_blocks, reduced, with_its_gradient
+from ._fused import in_blocks, reduced, with_its_gradient
 from .linear import linear_deterministic_kd
 
 __all__ = ["deterministic_kd", "linear_deterministic_kd", "progressive_kd"]
@@ -44,15 +45,11 @@ def deterministic_kd(
     axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
     student, teacher = visible(student_logits, axis, mask), visible(teacher_logits.detach(), axis, mask)
 
-    def rows(s: Tensor, t: Tensor) -> Tensor:
-        return divergence_rows(s, t, name=divergence, temperature=temperature, beta=beta)
-
-    if divergence != "forward_kl":
-        return reduce_positions(rows(student, teacher), mask, reduction)
     how = "sum" if mask is not None and reduction == "mean" else reduction  # what is masked gives 0
+    settings: dict[str, Any] = {"name": divergence, "temperature": temperature, "beta": beta}
     value = with_its_gradient(
-        lambda s, t: reduced(rows(s, t), how),
-        partial(kl_in_blocks, temperature=temperature, reduction=how),
+        lambda s, t: reduced(divergence_rows(s, t, **settings), how),
+        partial(in_blocks, **settings, reduction=how),
         1,
         student.flatten(0, -2),
         teacher.flatten(0, -2),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._divergences import divergence_rows, no_autocast, wide
-from ._fused import Slopes, kl_in_blocks, with_its_gradient
+from ._fused import Slopes, in_blocks, with_its_gradient
 
 LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
 
@@ -98,7 +98,7 @@ def _in_blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tens
     for start in range(0, len(h), step):
         rows = slice(start, start + step)
         logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows])
-        value, found = kl_in_blocks(wanted, *logits, temperature=temperature, reduction="sum")
+        value, found = in_blocks(wanted, *logits, name="forward_kl", temperature=temperature, beta=0.5, reduction="sum")
         total += value
         if found is not None:
             slope = found[0].to(w.dtype)

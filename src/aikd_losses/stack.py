@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks, schedules
 from ._carrier import Carrier
+from ._divergences import wide
 from .progressive import ProgressiveKD
 from .schedules import Schedule
 
@@ -134,7 +135,10 @@ class LossStack(Carrier):
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
-        of_terms = torch.stack(tuple(values.values()))
+        home = next(
+            (x.device for x in values.values() if not x.is_cpu), torch.device("cpu")
+        )  # a constant may be elsewhere
+        of_terms = torch.stack([x.to(home) for x in wide(*values.values())])
         weights = self._weights.to(of_terms)
         weighted = (weights * of_terms).masked_fill(weights == 0, 0.0)  # also where a value is infinite
         return weighted.sum(), {name: value.detach() for name, value in values.items()}
@@ -164,7 +168,10 @@ class LossStack(Carrier):
         With a number, the epoch that is about to start: what is there already stays as it is.
         """
         to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        weights = self._weights_at(to)  # which may be refused
+        weights = self._weights_at(to)  # which may be refused, as may an alpha
+        for term in self.terms.values():
+            if isinstance(term, ProgressiveKD):
+                term._alpha_at(int(term.epoch) + 1 if epoch is None else epoch)
         advanced: set[int] = set()
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
