@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_160, 2_060  # of all files; on the way to 2,900 and 1,900
+LINES, CODE = 3_165, 2_065  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,

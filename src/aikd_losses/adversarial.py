@@ -43,7 +43,7 @@ class AdversarialDistributionLoss(Owner):
         objective: one of the above (default `"non_saturating"`) or an `AdversarialObjective`.
         inputs: what the discriminator sees: `"probs"` (default), `"log_probs"`, or `"logits"` divided by T, which unlike
             the others differ between models that predict the same.
-        temperature: T > 0 (default 1). The value is a score and no divergence: there is no factor T**2.
+        temperature: T, from 1e-9 to 1e9 (default 1). The value is a score and no divergence: there is no factor T**2.
         penalty: None (default), `GradientPenalty(weight)`, `ZeroCenteredPenalty(gamma)`, or a callable
             `(score, teacher_rows, student_rows) -> (N,)`; added to the discriminator's loss.
         optimizer: a torch optimizer that holds exactly the discriminator's parameters. Public.

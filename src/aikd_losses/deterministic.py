@@ -24,7 +24,7 @@ class DeterministicKD(nn.Module):
     of the centred logits, over 2C.
 
     Args:
-        temperature: T > 0 (default 2).
+        temperature: T, from 1e-9 to 1e9 (default 2).
         divergence: one of the above (default `"forward_kl"`).
         beta: the teacher's share in `"js"`, inside (0, 1) (default 0.5); not used by the others.
         reduction: `"mean"` over the samples (over unmasked positions), `"sum"`, or `"none"`: a value a position. The

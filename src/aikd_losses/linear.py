@@ -32,7 +32,7 @@ def linear_deterministic_kd(
     Args:
         student_hidden, teacher_hidden: `(*, D_s)` and `(*, D_t)`, of the same positions.
         student_weight, teacher_weight: `(C, D_s)` and `(C, D_t)`, as in `nn.Linear`; the biases are `(C,)`.
-        temperature: T > 0 (default 2).
+        temperature: T, from 1e-9 to 1e9 (default 2).
         mask: bool `(*,)`, True = counts.
         reduction: `"mean"` (default) or `"sum"` over the positions that count.
 

@@ -33,7 +33,7 @@ class ProgressiveKD(Carrier):
         targets: a `TargetStore`: `CachedTargets`, `EMATargets` or one of your own. Public as `.targets`.
         alpha: share of the soft target, a number in 0..1 or a callable from the epoch (counted from 0) to one, such as
             `LinearRamp(0.8, num_epochs)` (default 0.5).
-        temperature: T > 0 (default 1).
+        temperature: T, from 1e-9 to 1e9 (default 1).
         reduction, class_dim: as in `DeterministicKD`.
 
     Shape: `student_logits`: `(N, C)`, `(N, C, *)` or `(N, *, C)`; `target`: class indices (int64) of that shape without
