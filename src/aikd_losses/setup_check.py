@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import _checks
+from ._divergences import wide
 from ._table import Table
 from .adversarial import AdversarialDistributionLoss
 from .progressive import ProgressiveKD
@@ -191,7 +192,10 @@ def _terms(stack: Any, tensors: dict[str, Any], labels: dict[str, Any], scores: 
     reduction = "sum" if "sum" in reductions and "mean" not in reductions else "mean"
     leaf, plain, target = torch.zeros(()).requires_grad_(), None, labels.get("target", scores.get("target"))
     if scores:
-        leaf = tensors["student_logits"].detach().clone().requires_grad_()
+        (leaf,) = wide(
+            tensors["student_logits"].detach().clone()
+        )  # gradients of a mean may be too small for half precision
+        leaf.requires_grad_()
         tensors = {**tensors, "student_logits": leaf}
     if scores and target is not None and (target.ndim == 1 or distributions(target)):
         rows = scores["student_logits"].clone().requires_grad_()
