@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import _checks
-from ._divergences import wide
 from ._table import Table
 from .adversarial import AdversarialDistributionLoss
 from .progressive import ProgressiveKD
@@ -192,10 +191,7 @@ def _terms(stack: Any, tensors: dict[str, Any], labels: dict[str, Any], scores: 
     reduction = "sum" if "sum" in reductions and "mean" not in reductions else "mean"
     leaf, plain, target = torch.zeros(()).requires_grad_(), None, labels.get("target", scores.get("target"))
     if scores:
-        (leaf,) = wide(
-            tensors["student_logits"].detach().clone()
-        )  # gradients of a mean may be too small for half precision
-        leaf.requires_grad_()
+        leaf = tensors["student_logits"].detach().clone().float().requires_grad_()  # half precision would underflow
         tensors = {**tensors, "student_logits": leaf}
     if scores and target is not None and (target.ndim == 1 or distributions(target)):
         rows = scores["student_logits"].clone().requires_grad_()
