@@ -214,6 +214,17 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(change, settings,
     assert path.read_bytes() == before
 
 
+def test_who_comes_second_in_creating_a_file_opens_that_of_the_first(path, monkeypatch):
+    def late(source, target):
+        monkeypatch.undo()
+        CachedTargets(N, C, path=path).write(torch.tensor([1]), rows(0))  # the first
+        os.link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert CachedTargets(N, C, path=path).known.nonzero().tolist() == [[1]]
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_processes_that_create_a_file_at_once_share_one(path):
     def open_and_write(i):
         barrier.wait()
