@@ -86,7 +86,7 @@ class _WithGradient(torch.autograd.Function):
         return (torch.vmap(how[0], in_dims[1:])(*tensors), None), (0, None)
 
 
-# torch asks for it in each call, and to work it out takes longer than the arithmetic of small logits.
+# torch asks for it in each call, and would work it out anew.
 _WithGradient.forward.__signature__ = inspect.signature(_WithGradient.forward)  # type: ignore[attr-defined]
 
 

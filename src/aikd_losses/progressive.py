@@ -86,19 +86,21 @@ class ProgressiveKD(Carrier):
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.alpha = torch.tensor(self._alpha_at(0), dtype=torch.float64, device="cpu")
+        self.alpha = torch.tensor(self._next(0)[1], dtype=torch.float64, device="cpu")
         self._rows_seen = 0  # since the last advance_epoch
         self._warned = False
 
-    def _alpha_at(self, epoch: int) -> float:
-        return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
+    def _next(self, epoch: int | None) -> tuple[int, float]:
+        """That epoch, or the one after this one, and its alpha; either may be refused."""
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        return to, schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        self._alpha_at(_checks.integer("epoch", int(saved["epoch"]), 0))
+        self._next(int(saved["epoch"]))
 
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         super()._fill(saved)
-        self.alpha.fill_(self._alpha_at(int(self.epoch)))
+        self.alpha.fill_(self._next(int(self.epoch))[1])
 
     def forward(
         self,
@@ -158,8 +160,7 @@ class ProgressiveKD(Carrier):
             return
         logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
         probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
-        if mask is not None:
-            keep = keep & mask.flatten()
+        keep = keep if mask is None else keep & mask.flatten()
         at = index.flatten()
         if isinstance(self.targets, Table):
             self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
@@ -186,8 +187,7 @@ class ProgressiveKD(Carrier):
 
     def _advance(self, epoch: int | None, advanced: set[int]) -> None:
         """`advance_epoch`, but a store in `advanced` is left alone: terms may share one."""
-        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        alpha = self._alpha_at(to)  # which may be refused
+        to, alpha = self._next(epoch)
         if to == int(self.epoch):
             return
         if self._rows_seen == 0:

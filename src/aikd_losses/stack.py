@@ -171,7 +171,7 @@ class LossStack(Carrier):
         weights = self._weights_at(to)  # which may be refused, as may an alpha
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
-                term._alpha_at(int(term.epoch) + 1 if epoch is None else epoch)
+                term._next(epoch)
         advanced: set[int] = set()
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
