@@ -2,22 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, functional, schedules
-from ._carrier import Carrier
 from ._table import Table
-from .schedules import Schedule
+from .schedules import Schedule, Scheduled
 from .targets import TargetStore
 
 EPOCHS_BEFORE_WARNING = 4  # rows that may go by between two advance_epoch, in epochs
 
 
-class ProgressiveKD(Carrier):
+class ProgressiveKD(Scheduled):
     r"""Pulls the student's predictions towards those it made for the same samples an epoch ago.
 
     With $s$ = `student_logits`, $y$ = `target`, $r$ = the row that `targets` holds for `index`, $T$ = `temperature`
@@ -60,11 +58,6 @@ class ProgressiveKD(Carrier):
     https://arxiv.org/abs/2006.12000; as a term of AI-KD: https://arxiv.org/abs/2211.10938.
     """
 
-    _carried: ClassVar[tuple[str, ...]] = ("alpha", "epoch")
-    _saved = ("epoch",)
-    alpha: Tensor
-    epoch: Tensor
-
     def __init__(
         self,
         targets: TargetStore,
@@ -85,22 +78,16 @@ class ProgressiveKD(Carrier):
         self.temperature = _checks.temperature(temperature)
         self.reduction = _checks.reduction(reduction)
         self.class_dim = _checks.class_dim(class_dim)
-        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.alpha = torch.tensor(self._next(0)[1], dtype=torch.float64, device="cpu")
+        self._start()
         self._rows_seen = 0  # since the last advance_epoch
         self._warned = False
 
-    def _next(self, epoch: int | None) -> tuple[int, float]:
-        """That epoch, or the one after this one, and its alpha; either may be refused."""
-        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        return to, schedules.evaluate("alpha", self.alpha_schedule, to, 1.0)
+    def _at(self, epoch: int) -> float:
+        return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
 
-    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        self._next(int(saved["epoch"]))
-
-    def _fill(self, saved: Mapping[str, Tensor]) -> None:
-        super()._fill(saved)
-        self.alpha.fill_(self._next(int(self.epoch))[1])
+    @property
+    def alpha(self) -> Tensor:
+        return self._now
 
     def forward(
         self,
@@ -200,8 +187,7 @@ class ProgressiveKD(Carrier):
         if id(self.targets) not in advanced:
             self.targets.advance_epoch()
             advanced.add(id(self.targets))
-        self.epoch.fill_(to)
-        self.alpha.fill_(alpha)
+        self._enter(to, alpha)
         self._rows_seen = 0
 
     def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:

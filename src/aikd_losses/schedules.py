@@ -1,12 +1,15 @@
 """Settings that change from epoch to epoch: a number, or a callable from the epoch (counted from 0) to one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from . import _checks
+from ._carrier import Carrier
 
 Schedule = float | Callable[[int], float]
 
@@ -44,6 +47,38 @@ class LinearRamp:
         if epoch + 1 >= self.num_epochs:
             return self.end
         return self.start + (self.end - self.start) * (epoch + 1) / self.num_epochs
+
+
+class Scheduled(Carrier):
+    """Keeps the epoch, which is saved, and what its settings are in it, which follows."""
+
+    _carried: ClassVar[tuple[str, ...]] = ("epoch", "_now")
+    _saved = ("epoch",)
+    epoch: Tensor  # int64
+    _now: Tensor  # float64
+
+    def _start(self) -> None:
+        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._now = self._next(0)[1]
+
+    def _at(self, epoch: int) -> float | list[float]:
+        """The settings of an epoch."""
+        raise NotImplementedError
+
+    def _next(self, epoch: int | None) -> tuple[int, Tensor]:
+        """That epoch, or the one after this one, and the settings of it; either may be refused."""
+        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
+        return to, torch.tensor(self._at(to), dtype=torch.float64, device="cpu")
+
+    def _enter(self, epoch: int, now: Tensor) -> None:
+        self.epoch.fill_(epoch)
+        self._now.copy_(now)
+
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        self._next(int(saved["epoch"]))
+
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        self._enter(*self._next(int(saved["epoch"])))
 
 
 def shown(schedule: Schedule, now: Tensor) -> str:

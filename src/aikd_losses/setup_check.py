@@ -196,7 +196,7 @@ def _terms(stack: Any, tensors: dict[str, Any], labels: dict[str, Any], scores: 
     if scores and target is not None and (target.ndim == 1 or distributions(target)):
         rows = scores["student_logits"].clone().requires_grad_()
         plain = TermReport("cross-entropy alone", 1.0, *_measure(_cross_entropy(rows, target, reduction), rows), 1.0)
-    for weight, (name, call) in zip(stack._weights.tolist(), stack._calls["forward"].items(), strict=True):
+    for weight, (name, call) in zip(stack._now.tolist(), stack._calls["forward"].items(), strict=True):
         buffers = {key: x.clone() for key, x in stack.terms[name].named_buffers()}
         try:
             value, slope = _measure(functional_call(stack.terms[name], buffers, (), call.pick(tensors)), leaf)

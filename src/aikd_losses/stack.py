@@ -4,16 +4,15 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks, schedules
-from ._carrier import Carrier
+from . import schedules
 from ._divergences import wide
 from .progressive import ProgressiveKD
-from .schedules import Schedule
+from .schedules import Schedule, Scheduled
 
 NOT_OF_LOGITS = (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
 STANDARD = ("student_logits", "teacher_logits", "target", "index", "mask")
@@ -50,7 +49,7 @@ class _Call:
         return picked
 
 
-class LossStack(Carrier):
+class LossStack(Scheduled):
     r"""A weighted sum of terms that are handed the tensors they name.
 
     $$L = \sum_k w_k(\text{epoch})\, L_k$$
@@ -84,10 +83,6 @@ class LossStack(Carrier):
     (tensor(1.5443), {'cross_entropy': tensor(1.3133), 'deterministic': tensor(0.4621)})
     """
 
-    _carried: ClassVar[tuple[str, ...]] = ("epoch", "_weights")
-    _saved = ("epoch",)
-    epoch: Tensor
-    _weights: Tensor  # (terms,): the weights of this epoch
     terms: nn.ModuleDict
 
     def __init__(
@@ -113,19 +108,10 @@ class LossStack(Carrier):
             *STANDARD,
             *(x for calls in self._calls.values() for call in calls.values() for x in call.names.values()),
         }
-        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._weights = self._weights_at(0)
+        self._start()
 
-    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        self._weights_at(_checks.integer("epoch", int(saved["epoch"]), 0))
-
-    def _fill(self, saved: Mapping[str, Tensor]) -> None:
-        super()._fill(saved)
-        self._weights.copy_(self._weights_at(int(self.epoch)))
-
-    def _weights_at(self, epoch: int) -> Tensor:
-        values = [schedules.evaluate(f"weights[{name!r}]", w, epoch, math.inf) for name, w in self.weights.items()]
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    def _at(self, epoch: int) -> list[float]:
+        return [schedules.evaluate(f"weights[{name!r}]", w, epoch, math.inf) for name, w in self.weights.items()]
 
     def forward(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term's own value, unweighted and detached."""
@@ -139,7 +125,7 @@ class LossStack(Carrier):
             (x.device for x in values.values() if not x.is_cpu), torch.device("cpu")
         )  # a constant may be elsewhere
         of_terms = torch.stack([x.to(home) for x in wide(*values.values())])
-        weights = self._weights.to(of_terms)
+        weights = self._now.to(of_terms)
         weighted = (weights * of_terms).masked_fill(weights == 0, 0.0)  # also where a value is infinite
         return weighted.sum(), {name: value.detach() for name, value in values.items()}
 
@@ -167,8 +153,7 @@ class LossStack(Carrier):
 
         With a number, the epoch that is about to start: what is there already stays as it is.
         """
-        to = int(self.epoch) + 1 if epoch is None else _checks.integer("epoch", epoch, 0)
-        weights = self._weights_at(to)  # which may be refused, as may an alpha
+        to, weights = self._next(epoch)  # which may be refused, as may an alpha
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
                 term._next(epoch)
@@ -179,8 +164,7 @@ class LossStack(Carrier):
             elif _has(term, "advance_epoch"):
                 advance = cast(Any, term).advance_epoch
                 advance(*([epoch] if inspect.signature(advance).parameters else []))
-        self.epoch.fill_(to)
-        self._weights.copy_(weights)
+        self._enter(to, weights)
 
     def _refuse_unknown(self, tensors: Mapping[str, Any]) -> None:
         if not self._names.issuperset(tensors):
@@ -196,7 +180,7 @@ class LossStack(Carrier):
         """Each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
         lines = [f"epoch={schedules.value(self.epoch)}"]
         for i, (name, schedule) in enumerate(self.weights.items()):
-            lines.append(f"{name}: weight {schedules.shown(schedule, self._weights[i])}")
+            lines.append(f"{name}: weight {schedules.shown(schedule, self._now[i])}")
             lines += [f"  {method}({calls[name].shown()})" for method, calls in self._calls.items() if name in calls]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
 
