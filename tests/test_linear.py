@@ -119,12 +119,30 @@ REFUSED = [
     (
         {"teacher_weight": torch.randn(9, 6), "teacher_bias": None},
         ValueError,
-        "The teacher must have the classes of the student, (11,); got (9,).",
+        "`teacher_weight` must have the shape (C, D), C as the student's: (11, 6); got (9, 6).",
     ),
     (
         {"teacher_hidden": torch.randn(3, 4, 6)},
         ValueError,
-        "The teacher must have the positions of the student, (3, 5); got (3, 4).",
+        "`teacher_hidden` must have the shape (*, D), * as the student's: (3, 5, 6); got (3, 4, 6).",
+    ),
+    (
+        {"student_weight": torch.randn(11, 3)},
+        ValueError,
+        "`student_weight` must have the shape (C, D), C as the student's: (11, 4); got (11, 3).",
+    ),
+    ({"student_bias": torch.randn(1)}, ValueError, "`student_bias` must have the shape (C,) = (11,); got (1,)."),
+    ({"student_weight": None}, TypeError, "`student_weight` must be a torch.Tensor; got NoneType."),
+    (
+        {"teacher_weight": None, "teacher_bias": None},
+        TypeError,
+        "`teacher_weight` must be a torch.Tensor; got NoneType.",
+    ),
+    ({"teacher_hidden": None}, TypeError, "`teacher_hidden` must be a torch.Tensor; got NoneType."),
+    (
+        {"teacher_weight": torch.ones(11, 6).int()},
+        TypeError,
+        "`teacher_weight` must be floating point of 16, 32 or 64 bits; got torch.int32.",
     ),
     (
         {"teacher_hidden": torch.ones(3, 5, 6).long()},

@@ -50,32 +50,39 @@ def linear_deterministic_kd(
     """
     temperature = _checks.temperature(temperature)
     _checks.choice("reduction", reduction, ("mean", "sum"))
-    axis = student_hidden.ndim - 1
-    _checks.mask(mask, _checks.floating("student_hidden", student_hidden), axis)
-    for name, mine, other in (
-        ("positions", _checks.floating("teacher_hidden", teacher_hidden).shape[:-1], student_hidden.shape[:-1]),
-        ("classes", teacher_weight.shape[:1], student_weight.shape[:1]),
-    ):
-        if mine != other:
-            raise ValueError(f"The teacher must have the {name} of the student, {tuple(other)}; got {tuple(mine)}.")
-    positions = student_hidden.shape[:-1]
-    counts = student_hidden.new_ones(positions, dtype=torch.bool) if mask is None else mask
-    heads = []
-    for hidden, weight, bias in (
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()),
-    ):
-        visible = hidden if mask is None else hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-        heads += [
-            visible.reshape(-1, hidden.shape[-1]),
-            weight,
-            weight.new_zeros(len(weight)) if bias is None else bias,
-        ]
-    with no_autocast(student_hidden):
-        total = with_its_gradient(
-            partial(_plain, temperature), partial(_in_blocks, temperature), 3, *heads, counts.flatten()
-        )
+    hidden = _checks.floating("student_hidden", student_hidden)
+    _checks.mask(mask, hidden, hidden.ndim - 1)
+    counts = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
+    classes = _checks.floating("student_weight", student_weight).shape[:1]
+    student = _head("student", hidden, student_weight, student_bias, classes, mask, counts.shape)
+    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, classes, mask, counts.shape)
+    with no_autocast(hidden):
+        plain, in_blocks = partial(_plain, temperature), partial(_in_blocks, temperature)
+        tensors = [*student, *(x.detach() for x in teacher), counts.flatten()]
+        total = with_its_gradient(plain, in_blocks, 3, *tensors)
     return total / counts.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def _head(
+    side: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: tuple[int, ...],
+    mask: Tensor | None,
+    positions: tuple[int, ...],
+) -> list[Tensor]:
+    """Its three tensors, checked: a row a position, 0 where masked; without a bias, one of 0."""
+    width = _checks.floating(f"{side}_hidden", hidden).shape[-1:]
+    for name, x, wanted, what in (
+        (f"{side}_hidden", hidden, (*positions, *width), "(*, D), * as the student's: "),
+        (f"{side}_weight", weight, (*classes, *width), "(C, D), C as the student's: "),
+        (f"{side}_bias", bias, classes, "(C,) = "),
+    ):
+        if x is not None or name != f"{side}_bias":
+            _checks.shaped(name, _checks.floating(name, x), tuple(wanted), f"must have the shape {what}")
+    hidden = hidden if mask is None else hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return [hidden.reshape(-1, *width), weight, weight.new_zeros(classes) if bias is None else bias]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
