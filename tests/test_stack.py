@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from aikd_losses import (
+    AdversarialDistributionLoss,
     AIKDLoss,
     CachedTargets,
     DeterministicKD,
@@ -20,6 +22,7 @@ from aikd_losses import (
     IndexedDataset,
     LinearRamp,
     LossStack,
+    MLPDiscriminator,
     ProgressiveKD,
     ZeroCenteredPenalty,
 )
@@ -304,3 +307,74 @@ def test_an_alpha_that_is_refused_stops_the_stack_before_any_term():
     with pytest.raises(ValueError, match=r"`alpha\(1\)` must be in the interval"):
         stack.advance_epoch()
     assert [int(x.epoch) for x in (stack, *stack.terms.values())] == [0, 0, 0]
+
+
+class Root(nn.Module):
+    """A user's term with a parameter of its own; its gradient at 0 is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, student_logits):
+        return (self.scale * student_logits.square()).sqrt().mean()
+
+
+class BrokenStore:
+    def read(self, index):
+        return torch.full((len(index), C), torch.nan), torch.ones(len(index), dtype=torch.bool)
+
+    def write(self, index, probs): ...
+    def advance_epoch(self): ...
+
+
+def broken_discriminator():
+    discriminator = MLPDiscriminator(C)
+    nn.init.constant_(discriminator.layers[0].weight, torch.nan)
+    return AdversarialDistributionLoss(discriminator)
+
+
+POISONS = {  # a term, and what it is given that makes its value or its gradient NaN or infinite
+    "reverse KL, teacher excludes a class": (lambda: DeterministicKD(divergence="reverse_kl"), "teacher", -torch.inf),
+    "forward KL, student excludes a class": (DeterministicKD, "student", -torch.inf),
+    "JS, NaN teacher": (lambda: DeterministicKD(divergence="js"), "teacher", torch.nan),
+    "NaN teacher": (DeterministicKD, "teacher", torch.nan),
+    "NaN rows": (lambda: ProgressiveKD(BrokenStore()), "teacher", 0.0),
+    "broken discriminator": (broken_discriminator, "teacher", 0.0),
+    "a term of one's own": (Root, "teacher", 0.0),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight", [0.0, lambda epoch: 0.5 * (epoch > 0)], ids=["constant", "schedule"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_term_of_weight_0_adds_nothing_to_value_or_gradient(given, poison, weight, compiled):
+    torch.compiler.reset()
+    make, side, x = POISONS[poison]
+    term, given["target"] = make(), torch.ones(N, dtype=torch.int64)
+    given[f"{side}_logits"][:, 0] = x
+    s = given["student_logits"].requires_grad_()
+    stack = LossStack({"ce": nn.CrossEntropyLoss(), "term": term}, weights={"term": weight})
+    call = torch.compile(stack, fullgraph=True, backend="eager") if compiled else stack
+    alone = F.cross_entropy(s, given["target"])
+    total, _ = call(**given)
+    assert_close(total, alone)
+    own = list(term.parameters())
+    found, *of_term = torch.autograd.grad(total, [s, *own])
+    assert_close(found, torch.autograd.grad(alone, s)[0])
+    assert all(not slope.any() for slope in of_term)
+    if callable(weight):  # and in the next epoch all of it counts
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing was written
+            stack.advance_epoch()
+        total, _ = call(**given)
+        (found,) = torch.autograd.grad(total, s)
+        assert not (total.isfinite() and found.isfinite().all())
+
+
+def test_terms_that_all_have_weight_0_give_0_with_a_graph(given):
+    s = given["student_logits"].requires_grad_()
+    total, values = LossStack({"kd": DeterministicKD()}, weights={"kd": 0.0})(**given)
+    assert total == 0
+    assert values["kd"] > 0
+    assert not torch.autograd.grad(total, s)[0].any()

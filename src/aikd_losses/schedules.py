@@ -60,6 +60,7 @@ class Scheduled(Carrier):
     def _start(self) -> None:
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._now = self._next(0)[1]
+        self._enter(0, self._now)
 
     def _at(self, epoch: int) -> float | list[float]:
         """The settings of an epoch."""

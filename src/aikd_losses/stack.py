@@ -113,6 +113,10 @@ class LossStack(Scheduled):
     def _at(self, epoch: int) -> list[float]:
         return [schedules.evaluate(f"weights[{name!r}]", w, epoch, math.inf) for name, w in self.weights.items()]
 
+    def _enter(self, epoch: int, now: Tensor) -> None:
+        super()._enter(epoch, now)
+        self._on = [name for name, weight in zip(self.weights, now.tolist(), strict=True) if weight != 0]
+
     def forward(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
@@ -121,13 +125,13 @@ class LossStack(Scheduled):
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
-        home = next(
-            (x.device for x in values.values() if not x.is_cpu), torch.device("cpu")
-        )  # a constant may be elsewhere
-        of_terms = torch.stack([x.to(home) for x in wide(*values.values())])
-        weights = self._now.to(of_terms)
-        weighted = (weights * of_terms).masked_fill(weights == 0, 0.0)  # also where a value is infinite
-        return weighted.sum(), {name: value.detach() for name, value in values.items()}
+        parts = [
+            value if name in self._on else _nothing(self.terms[name], picked[name]) for name, value in values.items()
+        ]
+        home = next((x.device for x in parts if not x.is_cpu), torch.device("cpu"))  # a constant may be elsewhere
+        of_terms = torch.stack([x.to(home) for x in wide(*parts)])
+        total = (self._now.to(of_terms) * of_terms).sum()
+        return total, {name: value.detach() for name, value in values.items()}
 
     if TYPE_CHECKING:
 
@@ -183,6 +187,12 @@ class LossStack(Scheduled):
             lines.append(f"{name}: weight {schedules.shown(schedule, self._now[i])}")
             lines += [f"  {method}({calls[name].shown()})" for method, calls in self._calls.items() if name in calls]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
+
+
+def _nothing(term: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    """0, with a graph to what the term would have reached: not 0 * its value, which is NaN where the value is not finite."""
+    reached = [x for x in (*given.values(), *term.parameters()) if isinstance(x, Tensor) and x.is_floating_point()]
+    return sum((x.expand(0, *x.shape).sum() for x in reached), torch.zeros(()))
 
 
 def _calls_of(terms: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, _Call]]:
