@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
@@ -124,7 +125,8 @@ def half_precision(world, **settings):
     discriminator = MLPDiscriminator(C, hidden=()).half()
     adam = torch.optim.Adam(discriminator.parameters(), **settings)
     loss = AdversarialDistributionLoss(discriminator, optimizer=adam)
-    loss.update(student_logits=world.s, teacher_logits=world.t)
+    with contextlib.suppress(RuntimeError):  # where `eps` is lost
+        loss.update(student_logits=world.s, teacher_logits=world.t)
     return check_setup(loss, student_logits=world.s, teacher_logits=world.t)
 
 
@@ -184,7 +186,7 @@ FINDINGS = [
     (lambda w: trained_by(w, 50.0), "WARNING Adv... right in 100.0% of the rows. Lower its learning rate, or give..."),
     (lambda w: trained_by(w, -50.0), "WARNING Adv... right in 0.0% of the rows. A higher score must mean the teacher..."),
     (exploded, "ERROR adversarial: its discriminator's gradient is not finite. Start again with a lower learning rate."),
-    (half_precision, "ERROR AdversarialDistributionLoss: `eps` is 0 in the type of its discriminator. Keep that in float32."),
+    (half_precision, "ERROR AdversarialDistributionLoss: `eps` is 0 in the type of its weights. Keep them in float32."),
     (lambda w: w.report(student_logits=changed_row(changed_row(w.s, (3, 1), math.nan), (5, 0), math.inf)),
      "ERROR student_logits: NaN or +inf in 2 of 16 rows, which..."),
     (lambda w: w.report(teacher_logits=w.t.softmax(-1)), "ERROR teacher_logits: it looks like probabilities. Pass logits..."),

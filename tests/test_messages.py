@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import aikd_losses
 from aikd_losses import (
@@ -181,6 +181,9 @@ SPARSE, NESTED = DENSE % "torch.sparse_coo", DENSE % "a nested tensor"
 TENSOR = {
     "TypeError: `{name}` must be a torch.Tensor; got list.": [Of(lambda x: x.tolist())],
     "TypeError: `{name}` must be a torch.Tensor; got SimpleNamespace. Pass its `.logits`.": [OUTPUT],
+    "TypeError: `{name}` must be a torch.Tensor; got dict. Pass one of its entries, 'out', 'aux'.": [
+        Of(lambda x: {"out": x, "aux": x})
+    ],
     SPARSE: [ZEROS_LEFT_OUT],
     NESTED: [Of(lambda x: torch.nested.as_nested_tensor([x.detach()], layout=torch.jagged))],
 }
@@ -263,6 +266,11 @@ WRONG = {
         **TENSOR,
         TYPE_F8: [Of(lambda x: torch.full((N, C), 1 / C).to(F8))],
         f"TypeError: {INDICES} be of type int64; got torch.int32. Pass `{{name}}.long()`.": [Of(lambda x: x.int())],
+        f"TypeError: {INDICES} be of type int64; got torch.float32. Pass `{{name}}.long()`.": [Of(lambda x: x.float())],
+        "ValueError: `{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For a label a position "
+        "pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss.": [
+            *(torch.ones(N, C), torch.full((N, C), NAN), torch.tensor([[2.0, -1, 0]]).expand(N, C))
+        ],
         f"ValueError: {INDICES} have the shape of `student_logits` without its class axis, (4,); got (1,).": [FIRST],
         f"ValueError: {INDICES} have the shape of `student_logits` without its class axis, (4,); got (4, 3). If it is one-hot, "
         "pass `target.argmax(1)`, or `target.float()` for probabilities.": [Of(lambda x: nn.functional.one_hot(x, C))],
@@ -297,7 +305,11 @@ WRONG = {
         "ValueError: `{name}` must have the shape (N, C) = (3, 3); got (3,).": [Of(lambda x: x[0])],
         "ValueError: `{name}` must have the shape (N, C) = (3, 3); got (3, 4).": [Of(lambda x: x.T)],
     },
-    "temperature": POSITIVE,
+    "temperature": {
+        **POSITIVE,
+        "TypeError: `{name}` must be a number; got a tensor, whose gradient would be lost. Pass its `.item()`; for one that is "
+        "learned see docs/guide.md.": [torch.tensor(2.0)],
+    },
     "reduction": {
         **one_of("mean", "sum", "none"),
         "ValueError: `{name}` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already the "
@@ -356,6 +368,11 @@ WRONG = {
         f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
         f"{kind}. Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
         for kind, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
+    }
+    | {
+        "TypeError: `{name}` must not be indexed already, nor a part of one that is: ids would be of another.": [
+            *(IndexedDataset([1]), Subset(Subset(IndexedDataset([1]), [0]), [0]))
+        ]
     },
     "terms": {
         "TypeError: `{name}` must be a mapping {name: module} with at least one term; got {got}.": [{}, [1.0]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import namedtuple
 
@@ -219,7 +220,6 @@ Pair = namedtuple("Pair", "x y")
 ITEMS = [
     ({"x": 1}, {"x": 1, "index": 2}),
     ((1, "b"), (1, "b", 2)),
-    (Pair(1, 2), (1, 2, 2)),
     ([1], [1, 2]),
     ("alone", ("alone", 2)),
     (7, (7, 2)),
@@ -234,6 +234,34 @@ def test_an_item_gets_its_position_and_none_is_outside(item, indexed):
         with pytest.raises(IndexError, match="out of range"):
             data[index]
     assert len(data) == len(list(data)) == 3  # which that error ends, as there is no `__iter__`
+
+
+def test_a_named_tuple_would_lose_its_names():
+    with pytest.raises(ValueError, match=r"are named tuples, whose names would be lost. Give `item\._asdict\(\)`"):
+        IndexedDataset([Pair(1, 2)])[0]
+
+
+def test_the_data_set_is_seen_and_set_through_its_index():
+    class Digits(Dataset):
+        classes, transform = ("zero", "one"), None
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return self.transform(i) if self.transform else i
+
+    digits = Digits()
+    for indexed in (IndexedDataset(digits), copy.deepcopy(IndexedDataset(digits))):
+        assert indexed.classes == ("zero", "one")
+        indexed.transform = lambda i: i + 10
+        assert indexed[1] == (11, 1)
+        with pytest.raises(AttributeError, match="labels"):
+            _ = indexed.labels
+    assert digits.transform is not None
+    assert next(iter(DataLoader(IndexedDataset(digits), batch_size=2)))[1].tolist() == [0, 1]
+    indexed.dataset = [5]
+    assert indexed[0] == (5, 0)
 
 
 def test_every_loader_hands_out_the_ids_as_int64():
@@ -378,3 +406,24 @@ def test_terms_that_all_have_weight_0_give_0_with_a_graph(given):
     assert total == 0
     assert values["kd"] > 0
     assert not torch.autograd.grad(total, s)[0].any()
+
+
+@pytest.mark.parametrize(
+    "terms", [{"kd": DeterministicKD(class_dim=-1)}, {"p": ProgressiveKD(CachedTargets(9, C), class_dim=2)}]
+)
+def test_torchs_cross_entropy_beside_classes_on_another_axis_is_refused(terms):
+    """Where a sequence is as long as there are classes, it would be silently wrong."""
+    s, y = torch.randn(3, C, C), torch.zeros(3, C, dtype=torch.int64)
+    given = dict(student_logits=s, teacher_logits=s.flip(0), target=y, index=torch.arange(9).view(3, C))
+    stack, (name,) = LossStack({"ce": nn.CrossEntropyLoss(), **terms}), terms
+    said = f"Term 'ce' takes the classes from axis 1, term {name!r} from axis {terms[name].class_dim}. Give the first "
+    remedy = "rows (N, C) under names of their own: inputs={'ce': {'input': 'rows', 'target': 'row_target'}}."
+    with pytest.raises(ValueError, match=f"^{re.escape(said + remedy)}$"):
+        stack(**given)
+    renamed = LossStack(stack.terms, inputs={"ce": {"input": "rows", "target": "row_target"}})
+    total, values = renamed(**given, rows=s.flatten(0, 1), row_target=y.flatten())
+    assert_close(values["ce"], -s.log_softmax(-1)[..., 0].mean())
+    rows = {key: x.flatten(0, 1) for key, x in given.items()}  # on which the axes are one
+    for term in terms.values():
+        term.class_dim = -1
+    assert_close(stack(**rows)[0], total)

@@ -476,6 +476,41 @@ def test_without_a_graph_and_in_half_precision_the_discriminator_is_trained_all_
     assert same(loss.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("target_store", [CachedTargets, EMATargets])
+def test_what_was_loaded_in_inference_mode_can_be_trained_on(target_store):
+    def method():
+        return AIKDLoss(N, C, 4, targets=target_store(N, C), penalty=None)
+
+    s, t = torch.randn(2, N, C)
+    given = dict(student_logits=s, teacher_logits=t, index=torch.arange(N))
+    straight, resumed = method(), method()
+    straight.update(**given)
+    with torch.inference_mode():
+        straight.advance_epoch()
+        resumed.load_state_dict(straight.state_dict())
+    for criterion in (straight, resumed):
+        criterion.update(**given)
+        criterion.advance_epoch()
+    assert same(straight.state_dict(), resumed.state_dict())
+
+
+def test_a_discriminator_in_float16_is_refused_where_its_eps_is_lost():
+    """1e-8 is 0 there, and the first step would divide by it."""
+    s, t = torch.randn(2, 8, C)
+    for settings, refused in (({}, True), ({"eps": 1e-4}, False), ({"fused": True}, False)):
+        discriminator = MLPDiscriminator(C)
+        adam = torch.optim.Adam(discriminator.parameters(), **settings)
+        loss = AdversarialDistributionLoss(discriminator, optimizer=adam).half()
+        if refused:
+            before = copy.deepcopy(loss.state_dict())
+            with pytest.raises(RuntimeError, match=r"^`update` needs an `eps` that is not 0 in the type"):
+                loss.update(s, t)
+            assert same(before, loss.state_dict())
+        else:
+            loss.update(s, t)
+            assert all(x.isfinite().all() for x in loss.state_dict().values())
+
+
 # --------------------------------------------------------------------------------------------- who moves the discriminator
 
 
@@ -591,6 +626,38 @@ def test_an_epoch_without_an_update_is_warned_of():
         loss.advance_epoch(int(loss.epoch))  # there already
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            {"index": None},
+            "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
+            "remove_unused_columns=False).",
+        ),
+        (
+            {"index": torch.tensor([0, 1]), "partner_index": torch.tensor([1, 0])},
+            "`update` had blended inputs alone, by their `partner_index`.",
+        ),
+    ],
+)
+def test_an_epoch_of_updates_that_wrote_nothing_is_told_why(given, reason):
+    loss = progressive()
+    loss.update(torch.randn(2, C), **given)
+    with pytest.warns(UserWarning, match=re.escape(f"nothing was written since the last time: {reason}")):
+        loss.advance_epoch()
+
+
+def test_the_first_epoch_that_ends_after_loading_is_not_warned_of():
+    """It may have been saved after its last update; the next one is warned of again."""
+    loss = progressive()
+    loss.update(torch.randn(2, C), index=torch.tensor([1, 2]))
+    resumed = progressive()
+    resumed.load_state_dict(loss.state_dict())
+    resumed.advance_epoch()  # any warning is an error here
+    with pytest.warns(UserWarning, match="nothing was written"):
+        resumed.advance_epoch()
+
+
 def test_updates_without_an_epoch_are_warned_of_once():
     loss = progressive()
     with warnings.catch_warnings(record=True) as caught:
@@ -636,6 +703,34 @@ def test_a_frozen_teacher_does_not_wake_and_is_a_copy_unless_told_otherwise(copi
     assert list(whole.state_dict()) == ["student.weight", "student.bias"]
     whole.eval().train()
     assert (teacher.training, teacher.model.training) == (True, False)
+
+
+def test_a_frozen_teacher_has_the_attributes_of_its_model_to_be_read():
+    model = network()
+    model.config, model._private = {"size": 3}, 1
+    teacher = FrozenTeacher(model)
+    for other in (teacher, copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
+        assert other.config == model.config
+        assert other.append.__self__ is other.model  # a method of nn.Sequential
+    for missing in ("_private", "nothing"):
+        with pytest.raises(AttributeError, match=missing):
+            getattr(teacher, missing)
+    with pytest.raises(AttributeError, match=r"`config` is the model's and read-only here. Set it on `\.model`\."):
+        teacher.config = None
+    teacher.mine = 1
+    assert (teacher.mine, teacher.model.config) == (1, {"size": 3})
+
+
+def test_a_model_that_cannot_be_copied_may_be_frozen_itself():
+    model = nn.Linear(6, C)
+    model.kept = model(torch.randn(2, 6))  # as a hook may
+    with pytest.raises(
+        TypeError, match=r"^`model` must be one that can be copied, or frozen itself, with copy=False; copying it"
+    ):
+        FrozenTeacher(model)
+    assert model.training
+    assert model.weight.requires_grad
+    assert not FrozenTeacher(model, copy=False)(torch.randn(2, 6)).requires_grad
 
 
 def test_a_frozen_teacher_is_moved():

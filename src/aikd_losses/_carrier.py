@@ -66,6 +66,7 @@ class Carrier(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: x for name, x in self._own_state().items()})
 
+    @torch.inference_mode(False)  # in which a tensor that is made could never be changed again
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
         parts = [

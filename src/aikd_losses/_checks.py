@@ -7,7 +7,7 @@ PyTorch's own device-side assertion, as it is for `torch.nn.CrossEntropyLoss`.
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 
 import torch
@@ -65,6 +65,11 @@ def divergence(value: object, beta: object) -> float:
 
 
 def temperature(value: object) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            "`temperature` must be a number; got a tensor, whose gradient would be lost. Pass its `.item()`; for one that is "
+            "learned see docs/guide.md."
+        )
     return number("temperature", value, 1e-9, 1e9)  # beyond, float64 has too few digits for near distributions
 
 
@@ -74,7 +79,8 @@ def class_dim(value: object) -> int | None:
 
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        hint = " Pass its `.logits`." if hasattr(value, "logits") else ""  # the output of a model of transformers
+        hint = f" Pass one of its entries, {', '.join(map(repr, value))}." if isinstance(value, Mapping) else ""
+        hint = " Pass its `.logits`." if hasattr(value, "logits") else hint  # the output of a model of transformers
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.{hint}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else value.layout
@@ -160,11 +166,16 @@ def mask(value: object, student_logits: Tensor, axis: int, name: str = "mask") -
         same_device(name, x, "student_logits", student_logits)
 
 
-def class_target(value: object, student_logits: Tensor, axis: int) -> None:
-    """Class indices (int64, a position each) or class probabilities (floating, like the logits)."""
+def class_target(value: object, student_logits: Tensor, axis: int, counts: Tensor | None) -> None:
+    """Class indices (int64, a position each) or class probabilities (floating, like the logits); where looking is free,
+    within the classes, and distributions."""
     x = tensor("target", value)
-    if x.is_floating_point():
+    if x.is_floating_point() and x.shape != positions(student_logits, axis):
         like_logits("target", x, student_logits)
+        of_labels = (
+            "For a label a position pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss."
+        )
+        distributions("target", x.movedim(axis, -1), counts, of_labels)
         return
     one_hot = x.shape == student_logits.shape
     remedy = f" If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
@@ -172,11 +183,8 @@ def class_target(value: object, student_logits: Tensor, axis: int) -> None:
         _typed("target", x, torch.int64, "of class indices must be of type int64", "long")
     shaped("target", x, positions(student_logits, axis), f"of class indices {POSITIONS}", remedy if one_hot else "")
     same_device("target", x, "student_logits", student_logits)
-
-
-def labels_in_range(target: Tensor, num_classes: int, counts: Tensor | None) -> None:
-    """Class indices within the classes, where looking is free."""
-    _in_range("target", target, counts, num_classes, "number of classes", "mask=target != -100 leaves some out")
+    hint = "mask=target != -100 leaves some out"
+    _in_range("target", x, counts, student_logits.shape[axis], "number of classes", hint)
 
 
 def sample_index(
@@ -219,15 +227,15 @@ def share(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Ten
     return x.to(like)
 
 
-def distributions(name: str, value: object, shape: tuple[int, int], counts: Tensor | None) -> None:
-    """Rows of probabilities, (N, C): checked to be some, where that is free, within what bfloat16 rounds."""
-    x = shaped(name, floating(name, value), shape, "must have the shape (N, C) = ")
-    if not values_are_free(x, counts):
+def distributions(name: str, rows: Tensor, counts: Tensor | None, hint: str) -> None:
+    """Probabilities, classes last: checked to be some, where that is free, within what bfloat16 rounds."""
+    if not values_are_free(rows, counts):
         return
-    x = x if counts is None else x[counts]
-    sums = x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    if not ((x >= 0).all() and ((sums - 1).abs() <= 0.02).all()):
-        raise ValueError(
-            f"`{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For logits pass "
-            "`torch.softmax(logits, -1)`."
-        )
+    try:
+        x = rows if counts is None else rows[counts]
+        sums = x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        sound = bool((x >= 0).all() & ((sums - 1).abs() <= 0.02).all())
+    except RuntimeError:  # under torch.func.vmap nobody may look
+        return
+    if not sound:
+        raise ValueError(f"`{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). {hint}")

@@ -118,6 +118,12 @@ class Owner(Carrier):
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
 
 
+def lost_eps(optimizer: Optimizer) -> list[float]:
+    """Where it is 0 in the type of its parameters, a division by it gives NaN. (What is fused computes in float32.)"""
+    groups = [(x.get("eps"), p.dtype) for x in optimizer.param_groups for p in x["params"][:1] if not x.get("fused")]
+    return [eps for eps, dtype in groups if isinstance(eps, float) and eps and not torch.tensor(eps, dtype=dtype)]
+
+
 def _numbers(optimizer: Optimizer) -> list[str]:
     """Those of its settings that are a number, several, or a tensor. What a schedule adds to a group is none of them."""
     several = {key: x if isinstance(x, tuple | list) else (x,) for key, x in optimizer.defaults.items()}

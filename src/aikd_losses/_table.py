@@ -108,7 +108,9 @@ class Table(Carrier):
         """
         home = self.known.device
         _checks.sample_index("index", index, None, self.num_samples, keep)
-        _checks.distributions("probs", probs, (len(index), self.num_classes), keep)
+        _checks.floating("probs", probs)
+        _checks.shaped("probs", probs, (len(index), self.num_classes), "must have the shape (N, C) = ")
+        _checks.distributions("probs", probs, keep, "For logits pass `torch.softmax(logits, -1)`.")
         self.check_whole()
         if self._file is not None:
             self._file.begin()

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from . import _checks, functional
 from ._divergences import no_autocast, wide
-from ._owned import Owner
+from ._owned import Owner, lost_eps
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty, objective_of
 from .schedules import called
 
@@ -162,6 +162,10 @@ class AdversarialDistributionLoss(Owner):
             raise RuntimeError(
                 "`update` needs a discriminator that can be trained and its `optimizer`, given on construction: "
                 "torch.optim.Adam(discriminator.parameters()). Without one, step on `discriminator_loss` yourself."
+            )
+        if lost_eps(self.optimizer):
+            raise RuntimeError(
+                "`update` needs an `eps` that is not 0 in the type of the discriminator's parameters. Keep them in float32."
             )
         s, t, given, _ = self._rows(student_logits, teacher_logits, mask, condition)
         if self._ranks.active() and not self._same_on_all_ranks:

@@ -9,13 +9,14 @@ from torch.utils.data import Dataset, IterableDataset
 class IndexedDataset(Dataset[Any]):
     r"""Adds to every item of a map-style data set its position in it, the `index` that `ProgressiveKD` asks for.
 
-    A mapping becomes `{**item, "index": i}`, a tuple or list `(*item, i)` or `[*item, i]`, anything else `(item, i)`.
+    A mapping becomes `{**item, "index": i}`, a tuple or list `(*item, i)` or `[*item, i]`, anything else `(item, i)`. The data
+    set's attributes (`classes`, `targets`, `transform`) are read and set through it.
 
     Args:
         dataset: a map-style data set. Split first, then index: ids must be 0..len-1 of what is trained on.
 
-    Raises: `TypeError` for an `IterableDataset` or something without a length; `ValueError` on reading an item that has
-    an "index" already.
+    Raises: `TypeError` for an `IterableDataset`, something without a length or a data set that is indexed already;
+    `ValueError` on reading an item that has an "index" already or is a named tuple.
 
     >>> IndexedDataset([("a", 0), ("b", 1)])[1]
     ('b', 1, 1)
@@ -28,7 +29,25 @@ class IndexedDataset(Dataset[Any]):
                 "`dataset` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
                 f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide.md."
             )
+        inner: Any = dataset
+        while inner is not None:
+            if isinstance(inner, IndexedDataset):
+                raise TypeError(
+                    "`dataset` must not be indexed already, nor a part of one that is: ids would be of another."
+                )
+            inner = getattr(inner, "dataset", None)  # of a Subset, say
         self.dataset: Any = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "dataset":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "dataset":
+            super().__setattr__(name, value)
+        else:
+            setattr(self.dataset, name, value)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,4 +68,6 @@ def _with_index(item: Any, i: int) -> Any:
         if "index" in item:
             raise ValueError('The data set\'s items have a key "index" already. Rename it before indexing.')
         return {**item, "index": i}
+    if hasattr(item, "_fields"):
+        raise ValueError("The data set's items are named tuples, whose names would be lost. Give `item._asdict()`.")
     return [*item, i] if isinstance(item, list) else (*item, i) if isinstance(item, tuple) else (item, i)

@@ -94,11 +94,10 @@ def progressive_kd(
     previous = previous if learned else previous.masked_fill((a <= 0).unsqueeze(-1), 0.0)
     value = a * cross_entropy(previous, student, temperature)
     if target is not None:
-        _checks.class_target(target, student_logits, axis)
+        _checks.class_target(target, student_logits, axis, mask)
         if target.is_floating_point():
             target = visible(target, axis, mask)
         else:
-            _checks.labels_in_range(target, student_logits.shape[axis], mask)
             target = target if mask is None else target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
         hard = cross_entropy(target, student)
         value = value + (1 - a) * (hard if learned else hard.masked_fill(a >= 1, 0.0))

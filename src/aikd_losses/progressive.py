@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,10 +81,15 @@ class ProgressiveKD(Scheduled):
         self.class_dim = _checks.class_dim(class_dim)
         self._start()
         self._rows_seen = 0  # since the last advance_epoch
+        self._skipped = "call `update(student_logits, index=index)` in every training step"
         self._warned = False
 
     def _at(self, epoch: int) -> float:
         return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
+
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        super()._fill(saved)
+        self._rows_seen = 1  # perhaps: what was written before it was saved nobody knows
 
     @property
     def alpha(self) -> Tensor:
@@ -144,6 +150,14 @@ class ProgressiveKD(Scheduled):
             )
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
+            self._skipped = (
+                "`update` had blended inputs alone, by their `partner_index`"
+                if index is not None
+                else (
+                    "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
+                    "remove_unused_columns=False)"
+                )
+            )
             return
         logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
         probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
@@ -179,8 +193,7 @@ class ProgressiveKD(Scheduled):
             return
         if self._rows_seen == 0:
             warnings.warn(
-                "`advance_epoch` was called, but nothing was written since the last time: call "
-                "`update(student_logits, index=index)` in every training step.",
+                f"`advance_epoch` was called, but nothing was written since the last time: {self._skipped}.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import _checks
+from ._owned import lost_eps
 from ._table import Table
 from .adversarial import AdversarialDistributionLoss
 from .progressive import ProgressiveKD
@@ -29,7 +30,7 @@ RULES: dict[tuple[str, str, Callable[[Any], object]], str] = {
         finite. Look for NaN and inf in the logits, and for a class at -inf on one side only.""",
     ("error", "discriminator", lambda x: not math.isfinite(x.gradient_norm)): """its discriminator's gradient is not
         finite. Start again with a lower learning rate.""",
-    ("error", "eps", lambda x: not x.rounded): "`eps` is 0 in the type of its discriminator. Keep that in float32.",
+    ("error", "discriminator", lambda x: x.lost_eps): "`eps` is 0 in the type of its weights. Keep them in float32.",
     ("error", "scores", lambda x: int((~(x.rows < math.inf)).any(-1).sum())): """NaN or +inf in {it} of {x.count} rows,
         which `update` leaves out. Look for a model that has diverged or overflowed.""",
     ("error", "scores", lambda x: distributions(x.rows)): "it looks like probabilities. Pass logits, or `probs.log()`.",
@@ -236,12 +237,9 @@ def _states(stack: Any, model: Any, teacher: Any, optimizer: Any) -> Seen:
             yield "store", name, Facts(known=known, size=size, epoch=term.epoch, seen=term._rows_seen)
         if isinstance(term, AdversarialDistributionLoss):
             adam, last = term.optimizer, term.diagnostics()
-            x = Facts(untrained=adam and not (last or adam.state))
+            x = Facts(untrained=adam and not (last or adam.state), lost_eps=adam and lost_eps(adam))
             x.accuracy, x.gradient_norm = last.get("accuracy", 0.5), last.get("gradient_norm", 0.0)
             yield "discriminator", name, x
-            for group in adam.param_groups if adam else []:
-                if isinstance(group.get("eps"), float) and not group.get("fused"):  # which computes in float32
-                    yield "eps", name, Facts(rounded=torch.tensor(group["eps"], dtype=group["params"][0].dtype))
     inner = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
     held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
     if inner is not None:

@@ -58,7 +58,8 @@ class LossStack(Scheduled):
         terms: `{name: module}`. A term is an `nn.Module` whose `forward` names its tensors and gives a scalar; its
             `update` and `advance_epoch`, where it has them, are called by the stack's. Torch's own losses are terms too:
             their `input` is `student_logits`. Terms that share a store each write it. Public, as an `nn.ModuleDict`.
-        weights: `{name: number or callable from the epoch to one}`, not negative; 1 for those left out. Public.
+        weights: `{name: number or callable from the epoch to one}`, not negative; 1 for those left out. Public. At weight 0
+            a term adds nothing to the total and its gradient, also where its value is not finite.
         inputs: `{term: {parameter: name of the tensor, or None}}`: renames or withholds what a term is given, in
             `forward` and `update`.
 
@@ -104,10 +105,8 @@ class LossStack(Scheduled):
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
         self.terms = nn.ModuleDict(dict(terms.items()))
         self._calls = _calls_of(terms, self.inputs)
-        self._names = {
-            *STANDARD,
-            *(x for calls in self._calls.values() for call in calls.values() for x in call.names.values()),
-        }
+        calls = [call for calls in self._calls.values() for call in calls.values()]
+        self._names = {*STANDARD, *(name for call in calls for name in call.names.values())}
         self._start()
 
     def _at(self, epoch: int) -> list[float]:
@@ -121,13 +120,12 @@ class LossStack(Scheduled):
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
+        _refuse_other_axes(self.terms, picked)
         values = {name: self.terms[name](**given) for name, given in picked.items()}
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
-        parts = [
-            value if name in self._on else _nothing(self.terms[name], picked[name]) for name, value in values.items()
-        ]
+        parts = [x if name in self._on else _nothing(self.terms[name], picked[name]) for name, x in values.items()]
         home = next((x.device for x in parts if not x.is_cpu), torch.device("cpu"))  # a constant may be elsewhere
         of_terms = torch.stack([x.to(home) for x in wide(*parts)])
         total = (self._now.to(of_terms) * of_terms).sum()
@@ -145,12 +143,8 @@ class LossStack(Scheduled):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the terms have to say of themselves, `{"adversarial/accuracy": ...}`, to be logged beside their values."""
-        return {
-            f"{name}/{what}": value
-            for name, term in self.terms.items()
-            if _has(term, "diagnostics")
-            for what, value in cast(Any, term).diagnostics().items()
-        }
+        said = {name: cast(Any, term).diagnostics() for name, term in self.terms.items() if _has(term, "diagnostics")}
+        return {f"{name}/{what}": value for name, of_term in said.items() for what, value in of_term.items()}
 
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch, hand it on to the terms that have one, a shared store once, and take the next weights.
@@ -187,6 +181,19 @@ class LossStack(Scheduled):
             lines.append(f"{name}: weight {schedules.shown(schedule, self._now[i])}")
             lines += [f"  {method}({calls[name].shown()})" for method, calls in self._calls.items() if name in calls]
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
+
+
+def _refuse_other_axes(terms: nn.ModuleDict, picked: Mapping[str, dict[str, Any]]) -> None:
+    """Torch's cross-entropy takes the classes from axis 1, whatever the `class_dim` of another term says of the same tensor."""
+    for name in [name for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)]:
+        logits = picked[name]["input"]
+        for other, given in picked.items():
+            dim, x = getattr(terms[other], "class_dim", None), given.get("student_logits")
+            if x is logits and isinstance(x, Tensor) and x.ndim > 1 and dim is not None and dim % x.ndim != 1:
+                raise ValueError(
+                    f"Term {name!r} takes the classes from axis 1, term {other!r} from axis {dim}. Give the first rows (N, C) "
+                    f"under names of their own: inputs={{{name!r}: {{'input': 'rows', 'target': 'row_target'}}}}."
+                )
 
 
 def _nothing(term: nn.Module, given: Mapping[str, Any]) -> Tensor:

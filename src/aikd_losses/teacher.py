@@ -23,9 +23,10 @@ class FrozenTeacher(Carrier):
 
     Shape: whatever the model takes and returns.
 
-    State: none: the weights have a checkpoint of their own.
+    State: none: the weights have a checkpoint of their own. The model's attributes (`config`, `generate`) are found here
+    too, read-only.
 
-    Raises: `TypeError` for a model that is no `nn.Module`, or is a wrapper.
+    Raises: `TypeError` for a model that is no `nn.Module`, is a wrapper, or cannot be copied.
 
     >>> model = torch.nn.Linear(4, 3)
     >>> teacher = FrozenTeacher(model)
@@ -43,7 +44,12 @@ class FrozenTeacher(Carrier):
                 f"`model` must be an nn.Module (an instance), not wrapped; got {type(model).__name__}. Load a state_dict into "
                 "a model first; of a wrapper pass `model.module`."
             )
-        self.model = copying.deepcopy(model) if copy else model
+        try:
+            self.model = copying.deepcopy(model) if copy else model
+        except Exception as reason:
+            raise TypeError(
+                f"`model` must be one that can be copied, or frozen itself, with copy=False; copying it gave: {reason}"
+            ) from reason
         self.model.requires_grad_(False)
         self.model.eval()
 
@@ -59,6 +65,17 @@ class FrozenTeacher(Carrier):
             self.model.eval()
         with torch.no_grad():
             return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's attributes are found here, but not what is private to it or to a wrapper around it."""
+        if name.startswith("_") or name in self._carried:
+            return super().__getattr__(name)
+        return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("model", "training") and "model" in self.__dict__ and hasattr(self.model, name):
+            raise AttributeError(f"`{name}` is the model's and read-only here. Set it on `.model`.")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return type(self.model).__name__
