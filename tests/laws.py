@@ -390,11 +390,22 @@ def a_transform_gives_what_a_loop_gives(kind: Kind) -> None:
 
 @law(*OF_STUDENT)
 def batched_gradients_are_those_of_a_loop(kind: Kind) -> None:
-    x = batch(masked=True)
-    value = kind.call(rowwise(kind), x._replace(student=x.student.requires_grad_()))
+    x, loss = batch(masked=True), rowwise(kind)
+    value = kind.call(loss, x._replace(student=x.student.requires_grad_()))
     above = torch.randn(3, *value.shape)
     expected = [torch.autograd.grad(value, x.student, one, retain_graph=True)[0] for one in above]
     assert_close(torch.autograd.grad(value, x.student, above, is_grads_batched=True)[0], torch.stack(expected))
+    jacobian = partial(torch.autograd.functional.jacobian, lambda s: kind.call(loss, x._replace(student=s)), x.student)
+    for strategy in ("reverse-mode", "forward-mode"):
+        assert_close(jacobian(vectorize=True, strategy=strategy), jacobian())
+
+
+@law(*OF_STUDENT)
+def samples_may_be_mapped_with_their_labels_and_ids(kind: Kind) -> None:
+    x, loss = batch(masked=True), made(kind)
+    one = lambda *sample: kind.call(loss, Batch(*(y.unsqueeze(0) for y in sample)))  # noqa: E731
+    expected = torch.stack([one(*sample) for sample in zip(*x, strict=True)])
+    assert_close(torch.func.vmap(one)(*x), expected)
 
 
 @law(*OF_STUDENT)
