@@ -322,7 +322,8 @@ WRONG = [  # what of a state, what is done to it, and what is said
     (RATE, lambda x: put(x, torch.nan), "must be finite and .* got nan to nan"),
     (RATE, lambda x: put(x, torch.inf), "must be finite and .* got inf to inf"),
     (RATE, lambda x: put(x, -0.1), NOT_NEGATIVE),
-    (BETAS, lambda x: put(x, -0.5), r"must be finite and not negative; got -0.5 to 0.9"),
+    (BETAS, lambda x: put(x, -0.5), "must be at least 0 and below 1; got -0.5 to 0.9"),
+    (BETAS, lambda x: put(x, 1.0), "must be at least 0 and below 1; got 0.9 to 1"),
     (MOMENT, lambda x: put(x, torch.nan), "must be finite; got nan"),
     (SQUARES, lambda x: put(x, -1e-9), NOT_NEGATIVE),
     (STEP, lambda x: put(x, -1), NOT_NEGATIVE),
@@ -387,6 +388,57 @@ def test_what_only_one_of_checkpoint_and_object_has_is_named():
     ):
         with pytest.raises(RuntimeError, match=said):
             into.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("terms.a.targets.known"), r'Missing key\(s\) in state_dict: "terms.a.targets.known".'),
+        (lambda state: state.update(more=torch.zeros(1)), r'Unexpected key\(s\) in state_dict: "more".'),
+        (
+            lambda state: state.update({"terms.own.weight": torch.zeros(2, 2)}),
+            rf"`terms.own.weight` in the checkpoint has the shape \(2, 2\); here it is \({C}, {C}\).",
+        ),
+    ],
+)
+def test_what_torch_alone_would_find_too_late_is_found_before_anything_is_loaded(change, message):
+    """What is missing, what is more, and what does not fit a term that is the user's, after ours in the checkpoint."""
+
+    def build():
+        return LossStack({"a": ProgressiveKD(CachedTargets(N, C)), "own": Squares()})
+
+    saved, stack = build(), build()
+    saved.update(student_logits=torch.randn(2, C), index=torch.arange(2))
+    saved.advance_epoch()
+    state, before = saved.state_dict(), copy.deepcopy(stack.state_dict())
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        stack.load_state_dict(state)
+    assert same(stack.state_dict(), before)
+
+
+def test_a_lazy_term_takes_the_shapes_of_the_checkpoint():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.LazyLinear(2)
+
+        def forward(self, student_logits):
+            return self.head(student_logits).mean()
+
+    used, fresh = LossStack({"own": Lazy()}), LossStack({"own": Lazy()})
+    used(student_logits=torch.randn(2, C))
+    fresh.load_state_dict(used.state_dict())
+    assert same(fresh.state_dict(), used.state_dict())
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(C, C))
+
+    def forward(self, student_logits):
+        return (student_logits @ self.weight).square().sum()
 
 
 def test_a_discriminator_without_memory_loses_no_checkpoint():

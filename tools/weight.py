@@ -10,16 +10,16 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_265, 2_137  # of all files
+LINES, CODE = 3_290, 2_160  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
-    "_carrier.py": 124,
+    "_carrier.py": 147,
     "_checks.py": 241,
     "_divergences.py": 81,
     "_file.py": 114,
     "_fused.py": 172,
-    "_owned.py": 151,
+    "_owned.py": 152,
     "_ranks.py": 80,
     "_table.py": 215,
     "adversarial.py": 260,

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Carrier(nn.Module):
@@ -66,16 +67,13 @@ class Carrier(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: x for name, x in self._own_state().items()})
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._refuse_misfit(state_dict, "", strict)  # whose strictness is not told below
+        return super().load_state_dict(state_dict, strict, assign)
+
     @torch.inference_mode(False)  # in which a tensor that is made could never be changed again
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
-        parts = [
-            (name, part) for name, part in self.named_modules(None, prefix[:-1], False) if isinstance(part, Carrier)
-        ]
-        misfits = [sentence for name, part in parts for sentence in part._misfits(state_dict, name and f"{name}.")]
-        if misfits:
-            whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
-            raise RuntimeError(whose + "\n\t".join(misfits))
+        self._refuse_misfit(state_dict, prefix, False)
         own = self._own_state()
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         others = {key: x for key, x in state_dict.items() if key.removeprefix(prefix) not in saved}
@@ -86,6 +84,27 @@ class Carrier(nn.Module):
             module.load_state_dict(inner, strict=False)
         if saved.keys() >= self._saved_tensors().keys():  # a table without its flags would be silently wrong
             self._fill(saved)
+
+    def _refuse_misfit(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
+        """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
+        misfits, own = [], dict[str, Any]()
+        for name, module in self.named_modules(None, prefix[:-1], False):
+            if isinstance(module, Carrier):
+                misfits += module._misfits(state_dict, name and f"{name}.")
+                Carrier._save_to_state_dict(module, own, name and f"{name}.", False)
+            else:  # the user's, which torch would find out when ours are loaded
+                module._save_to_state_dict(own, f"{name}.", False)
+        misfits = misfits or [
+            f"`{key}` in the checkpoint has the shape {_shape(state_dict[key])}; here it is {_shape(x)}."
+            for key, x in own.items()
+            if key in state_dict and _shape(x) not in (None, _shape(state_dict[key]))
+        ]
+        for what, wanted, found in (("Missing", own, state_dict), ("Unexpected", state_dict, own)):
+            keys = ", ".join(f'"{key}"' for key in wanted if key not in found)
+            misfits += [f"{what} key(s) in state_dict: {keys}."] if strict and keys else []
+        if misfits:
+            whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
+            raise RuntimeError(whose + "\n\t".join(misfits))
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """What of a checkpoint does not fit this object, and why."""
@@ -104,6 +123,10 @@ class Carrier(nn.Module):
             except (ValueError, TypeError) as error:
                 misfits.append(f"{prefix[:-1] or type(self).__name__}: {error}")
         return misfits
+
+
+def _shape(x: object) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, Tensor) and not is_lazy(x) else None
 
 
 def _kind(x: object) -> str:

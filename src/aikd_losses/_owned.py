@@ -94,9 +94,10 @@ class Owner(Carrier):
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
         for key, x in saved.items():
-            low = 0.0 if key.rpartition(".")[2] in NOT_NEGATIVE else -torch.inf
-            if key.startswith("optimizer.") and not bool((x.isfinite() & (x >= low)).all()):
-                wanted = "finite" if low else "finite and not negative"
+            name = key.rpartition(".")[2]
+            low, wanted = (0.0, "finite and not negative") if name in NOT_NEGATIVE else (-torch.inf, "finite")
+            high, wanted = (1.0, "at least 0 and below 1") if name == "betas" else (torch.inf, wanted)
+            if key.startswith("optimizer.") and not bool((x.isfinite() & (x >= low) & (x < high)).all()):
                 raise ValueError(f"`{key}` in the checkpoint must be {wanted}; got {x.min():g} to {x.max():g}.")
 
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
