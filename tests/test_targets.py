@@ -172,9 +172,73 @@ def test_a_file_that_cannot_be_made_is_not_there(failing, path, monkeypatch):
 
     for name in (failing, "rename"):
         monkeypatch.setattr(os, name, full)
-    with pytest.raises(OSError, match="No space left on device"):
+    said = r"No space left on device \(`path` needs 12,288 bytes, [\d,]+ are free\)"
+    with pytest.raises(OSError, match=f"{said}: {str(path)!r}") as error:
         CachedTargets(N, C, path=path)
+    assert error.value.filename == str(path)
     assert list(path.parent.iterdir()) == []
+
+
+def test_what_is_no_file_is_refused_in_a_sentence(path):
+    os.mkfifo(path)
+    path.with_name("dangling").symlink_to(path.with_name("nowhere"))
+    is_not = "must be a file; .* is a folder, a pipe or a device"
+    for name, error, said in (
+        (path.name, ValueError, is_not),
+        (".", ValueError, is_not),
+        (
+            "missing/folder",
+            FileNotFoundError,
+            r"No such file or directory \(`path` needs 12,288 bytes\): .*missing/folder",
+        ),
+        ("dangling", FileNotFoundError, "No such file or directory: .*dangling"),
+        ("x" * 256, OSError, r"File name too long \(`path` needs 12,288 bytes, .* are free\): .*xxx"),
+    ):
+        with pytest.raises(error, match=said):
+            CachedTargets(N, C, path=path.with_name("x").parent / name)
+    assert {x.name for x in path.parent.iterdir()} == {path.name, "dangling"}
+
+
+def test_what_a_process_left_that_was_killed_while_it_created_a_file_goes_with_the_next_creation(path):
+    def killed(source, target):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def create():
+        os.link = killed
+        CachedTargets(N, C, path=path)
+
+    worker = FORK.Process(target=create)
+    worker.start()
+    worker.join(60)
+    (left,) = path.parent.iterdir()
+    CachedTargets(N, C, path=path)
+    assert left.exists()  # it may be of another that is creating it now
+    path.unlink()
+    os.utime(left, (0, 0))
+    CachedTargets(N, C, path=path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_rows_of_another_run_are_warned_of_unless_a_checkpoint_was_loaded(path):
+    def update(loss):
+        loss.update(torch.randn(1, C), index=torch.tensor([1]))
+        loss.targets.advance_epoch()
+
+    first = ProgressiveKD(CachedTargets(N, C, path=path))
+    update(first)  # any warning is an error here
+    rank = ProgressiveKD(CachedTargets(N, C, path=path))  # opened while another writes it, or after
+    resumed, late = (ProgressiveKD(CachedTargets(N, C, path=path)) for _ in range(2))
+    resumed.load_state_dict(first.state_dict())
+    update(resumed)
+    late.epoch.fill_(3)
+    update(late)
+    with pytest.warns(
+        UserWarning, match=rf"^{str(path)!r} held rows already, and no checkpoint was loaded: in epoch 0"
+    ):
+        update(rank)
+    update(rank)
+    first.update(torch.randn(1, C), index=torch.tensor([1]))
+    update(ProgressiveKD(CachedTargets(N, C, path=path)))  # of ranks that share a file one may come late
 
 
 def header(**facts):

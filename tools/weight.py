@@ -10,18 +10,18 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_290, 2_160  # of all files
+LINES, CODE = 3_320, 2_180  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
     "_carrier.py": 147,
     "_checks.py": 241,
     "_divergences.py": 81,
-    "_file.py": 114,
+    "_file.py": 130,
     "_fused.py": 172,
     "_owned.py": 152,
     "_ranks.py": 80,
-    "_table.py": 215,
+    "_table.py": 217,
     "adversarial.py": 260,
     "aikd.py": 126,
     "data.py": 73,
@@ -30,7 +30,7 @@ BUDGETS = {
     "functional.py": 137,
     "linear.py": 115,
     "objectives.py": 137,
-    "progressive.py": 244,
+    "progressive.py": 252,
     "schedules.py": 101,
     "setup_check.py": 256,
     "stack.py": 259,

@@ -1,11 +1,14 @@
 """A table in a file that is mapped into memory: a page that says what it holds and who is writing it, then the columns."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import mmap
 import os
+import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +20,7 @@ MARK = PAGE - 16  # where in the header the mark is: the process that writes the
 FORMAT = "aikd-losses targets 3"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 MACHINE = BOOT.read_text() if BOOT.exists() else str(uuid.getnode())
+LEFT_BEHIND = 3600  # seconds after which nobody is still creating a file
 WHOLE = 0, 0  # the mark of a file that nobody is writing
 
 
@@ -36,6 +40,8 @@ class MappedFile:
         for name, (dtype, shape) in columns.items():
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError(f"`path` must be a file; {path!r} is a folder, a pipe or a device.")
         if create and not os.path.exists(path):
             _create(path, json.dumps(facts).encode().ljust(MARK), size)
         with open(path, "r+b") as file:
@@ -49,7 +55,8 @@ class MappedFile:
         self._mark = memoryview(memory)[MARK:PAGE].cast("q")
         pid, number = found = tuple(self._mark)
         lives = found == _process(pid) and (number != 0 or pid == os.getpid())
-        self._left = None if found == WHOLE or lives else found
+        self.whole = found == WHOLE  # when it was opened
+        self._left = None if self.whole or lives else found
 
     @property
     def interrupted(self) -> bool:
@@ -65,7 +72,13 @@ class MappedFile:
 
 def _create(path: str, header: bytes, size: int) -> None:
     """Appears whole or not at all, and once: of several processes that create it, one does and all open that one."""
-    new = os.path.join(os.path.dirname(path), f"{uuid.uuid4().hex}.new")
+    folder, name = os.path.split(path)
+    prefix = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    for old in glob.glob(os.path.join(glob.escape(folder), f"{prefix}-*.new")):  # of processes that were killed here
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - os.stat(old).st_mtime > LEFT_BEHIND:
+                os.remove(old)
+    new = os.path.join(folder, f"{prefix}-{uuid.uuid4().hex}.new")
     try:
         with open(new, "xb") as file:
             file.write(header)
@@ -78,8 +91,11 @@ def _create(path: str, header: bytes, size: int) -> None:
             pass
         except OSError:  # no hard links here: of two at once one is replaced
             os.rename(new, path)
+    except OSError as error:
+        free = f", {shutil.disk_usage(folder).free:,} are free" if os.path.isdir(folder) else ""
+        raise OSError(error.errno, f"{error.strerror} (`path` needs {size:,} bytes{free})", path) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.remove(new)
 
 

@@ -56,6 +56,7 @@ class Table(Carrier):
         self._allocate(home, create=True)
         self._last_write = torch.full((self.num_samples,), -1, dtype=torch.int64, device=self.known.device)
         self._num_written = 0
+        self.inherited = self._file is not None and self._file.whole and bool(self.known.any())  # rows of another run
 
     def _allocate(self, device: torch.device, create: bool) -> None:
         n, width = self.num_samples, self.top_k or self.num_classes
@@ -185,6 +186,7 @@ class Table(Carrier):
         if self._file is not None:
             self._file.end()
         self._forget_writes()  # what is loaded here is loaded on every rank
+        self.inherited = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)

@@ -164,6 +164,14 @@ class ProgressiveKD(Scheduled):
         keep = keep if mask is None else keep & mask.flatten()
         at = index.flatten()
         if isinstance(self.targets, Table):
+            if self.targets.inherited and self.epoch == 0:
+                warnings.warn(
+                    f"{self.targets.path!r} held rows already, and no checkpoint was loaded: in epoch 0 they are the targets, "
+                    "whichever run they are of. Give each run and fold a `path` of its own.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            self.targets.inherited = False
             self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
