@@ -383,10 +383,14 @@ WRONG = {
             Of(lambda terms: {"all": LossStack(terms)})
         ],
         **{
-            f"TypeError: Term 'x' is a {loss.__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "
-            "or a module of your own.": [{"x": loss()}]
+            f"TypeError: Term 'x' is a {loss.__name__}, which takes no logits: use nn.CrossEntropyLoss, or DeterministicKD.": [
+                {"x": loss()}
+            ]
             for loss in (nn.KLDivLoss, nn.NLLLoss, nn.BCELoss)
         },
+        "ValueError: Term 'x' must give a scalar: build it with reduction='mean' or 'sum'.": [
+            *({"x": DeterministicKD(reduction="none")}, {"x": nn.CrossEntropyLoss(reduction="none")})
+        ],
         f"TypeError: Term 'x' {NAMED} `**tensors`.": [{"x": module(lambda self, **tensors: 0.0)}],
         f"TypeError: Term 'x' {NAMED} `*tensors`.": [{"x": module(lambda self, *tensors: 0.0)}],
     },
@@ -634,8 +638,8 @@ OTHERS = {
         lambda w: w.kd_alone(**w.all, masks=w.mask),
         lambda w: w.kd_alone.update(**w.all, masks=w.mask),
     ],
-    f"ValueError: Term 'kd' {NO_SCALAR} tensor([…": [
-        lambda w: LossStack({"kd": DeterministicKD(reduction="none")})(student_logits=w.s, teacher_logits=w.t)
+    f"ValueError: Term 'x' {NO_SCALAR} tensor([…": [
+        lambda w: LossStack({"x": module(lambda self, student_logits: student_logits[:, 0])})(student_logits=w.s)
     ],
     f"ValueError: Term 'x' {NO_SCALAR} 1.0.": [
         lambda w: LossStack({"x": module(lambda self, student_logits: 1.0)})(student_logits=w.s)
@@ -696,3 +700,38 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_changes_nothing(key, 
     stack.update(student_logits=torch.randn(N, C), index=torch.arange(N))
     said = f"RuntimeError: Error(s) in loading state_dict for LossStack:\n\t{sentence}"
     refused(lambda: stack.load_state_dict(saved), [stack], said)
+
+
+class Rude:
+    """Shows itself with an error, or without end."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def __repr__(self):
+        return self.said()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (Rude(lambda: 1 / 0), "an object of type Rude, which cannot be shown"),
+        (Rude(lambda: "x" * 10**6), "x" * 500 + "..."),
+        (10**5000, "an object of type int, which cannot be shown"),  # more digits than Python shows
+    ],
+    ids=["raises", "long", "digits"],
+)
+def test_what_is_refused_is_shown_in_few_words_whatever_it_says_of_itself(value, said):
+    makes = {
+        "alpha": lambda x: ProgressiveKD(CachedTargets(N, C), alpha=x),
+        "targets": ProgressiveKD,
+        "terms": LossStack,
+        "discriminator": AdversarialDistributionLoss,
+        "epoch": LossStack({"kd": DeterministicKD()}).advance_epoch,
+        "num_samples": lambda x: CachedTargets(x, C),
+        "divergence": lambda x: DeterministicKD(divergence=x),
+        "process_group": lambda x: CachedTargets(N, C, process_group=x),
+    }
+    for name, make in makes.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must be .*; got {re.escape(said)}\.$"):
+            make(value)

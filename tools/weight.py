@@ -10,18 +10,18 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_320, 2_180  # of all files
+LINES, CODE = 3_325, 2_195  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
     "_carrier.py": 147,
-    "_checks.py": 241,
+    "_checks.py": 250,
     "_divergences.py": 81,
     "_file.py": 130,
     "_fused.py": 172,
-    "_owned.py": 152,
-    "_ranks.py": 80,
-    "_table.py": 217,
+    "_owned.py": 153,
+    "_ranks.py": 82,
+    "_table.py": 219,
     "adversarial.py": 260,
     "aikd.py": 126,
     "data.py": 73,
@@ -32,8 +32,8 @@ BUDGETS = {
     "objectives.py": 137,
     "progressive.py": 252,
     "schedules.py": 101,
-    "setup_check.py": 256,
-    "stack.py": 259,
+    "setup_check.py": 260,
+    "stack.py": 260,
     "targets.py": 119,
     "teacher.py": 81,
 }

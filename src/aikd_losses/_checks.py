@@ -18,28 +18,37 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = "must have the shape of `student_logits` without its class axis, "
 
 
+def shown(value: object) -> str:
+    """What was found, for a sentence: of bounded length, and without an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__}, which cannot be shown"
+    return text if len(text) <= 500 else f"{text[:500]}..."
+
+
 def number(name: str, value: object, low: float, high: float) -> float:
     """A finite real number in the interval [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+        raise TypeError(f"`{name}` must be a number; got {shown(value)}.")
     if not low <= value <= min(high, LARGEST):  # type: ignore[operator]
         wanted = f"a finite number not below {low:g}" if high == math.inf else f"in the interval [{low:g}, {high:g}]"
-        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+        raise ValueError(f"`{name}` must be {wanted}; got {shown(value)}.")
     return float(value)
 
 
 def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an integer; got {value!r}.")
+        raise TypeError(f"`{name}` must be an integer; got {shown(value)}.")
     if not low <= int(value) <= high:
         wanted = f"at least {low}" if int(value) < low else f"between {low} and {high}"
-        raise ValueError(f"`{name}` must be {wanted}; got {value}.")
+        raise ValueError(f"`{name}` must be {wanted}; got {shown(value)}.")
     return int(value)
 
 
 def choice(name: str, value: object, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {shown(value)}.")
     return value
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import _checks
 from ._carrier import Carrier
 from ._ranks import Ranks
 
@@ -36,7 +37,7 @@ class Owner(Carrier):
         self, discriminator: nn.Module, optimizer: Optimizer | None, process_group: dist.ProcessGroup | None
     ) -> None:
         super().__init__()
-        _check(discriminator, optimizer)
+        check_owned(discriminator, optimizer)
         self.discriminator, self.optimizer = discriminator, optimizer
         self._ranks = Ranks(process_group)
         self._same_on_all_ranks = False
@@ -135,9 +136,9 @@ def _is_number(x: object) -> bool:
     return isinstance(x, Real | Tensor) and not isinstance(x, bool)
 
 
-def _check(discriminator: object, optimizer: object) -> None:
+def check_owned(discriminator: object, optimizer: object) -> None:
     if not isinstance(discriminator, nn.Module):
-        raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+        raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {_checks.shown(discriminator)}.")
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import _checks
+
 CHUNK_BYTES = 64 * 2**20  # what an exchange receives at a time
 
 
@@ -18,7 +20,7 @@ class Ranks:
         if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
             raise TypeError(
                 "`process_group` must be None or a torch.distributed.ProcessGroup that this process belongs to (of a "
-                f"DeviceMesh: `mesh.get_group('dp')`); got {process_group!r}."
+                f"DeviceMesh: `mesh.get_group('dp')`); got {_checks.shown(process_group)}."
             )
         self.group = process_group
 

@@ -45,7 +45,9 @@ class Table(Carrier):
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.integer("num_classes", num_classes, 2)
         if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
-            raise ValueError(f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {dtype!r}.")
+            raise ValueError(
+                f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {_checks.shown(dtype)}."
+            )
         self.dtype = dtype
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
         self.path = None if path is None else os.path.abspath(os.fsdecode(path))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
+from ._owned import check_owned
 from .adversarial import AdversarialDistributionLoss
 from .deterministic import DeterministicKD
 from .discriminators import MLPDiscriminator
@@ -87,8 +88,7 @@ class AIKDLoss(LossStack):
             alpha = LinearRamp(_checks.number("alpha", alpha, 0.0, 1.0), num_epochs)
         if discriminator is None:
             discriminator = MLPDiscriminator(num_classes)
-        if not isinstance(discriminator, nn.Module):
-            raise TypeError(f"`discriminator` must be an nn.Module (an instance); got {discriminator!r}.")
+        check_owned(discriminator, None)
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9))
         terms = {
             "progressive": ProgressiveKD(

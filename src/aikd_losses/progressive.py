@@ -72,7 +72,7 @@ class ProgressiveKD(Scheduled):
         if isinstance(targets, type) or not isinstance(targets, TargetStore):
             raise TypeError(
                 "`targets` must be a target store, an object with the methods read(index), write(index, probs) and "
-                f"advance_epoch(); got {targets!r}."
+                f"advance_epoch(); got {_checks.shown(targets)}."
             )
         self.targets = targets
         self.alpha_schedule = alpha

@@ -1,5 +1,6 @@
 """Look at one step of training, and say what is set up wrong: the rules, the report, and what the rules look at."""
 
+import copy
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -135,10 +136,14 @@ def check_setup(
     """
     for given, kind in ((model, nn.Module), (teacher, nn.Module), (optimizer, torch.optim.Optimizer)):
         if given is not None and not isinstance(given, kind):
-            raise TypeError(f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer; got {given!r}.")
+            raise TypeError(
+                f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer; got {_checks.shown(given)}."
+            )
     stack: Any = getattr(criterion, "_orig_mod", criterion)  # torch.compile's; there is no public name
     if not isinstance(stack, LossStack):
-        name = type(stack).__name__
+        name, stack = type(stack).__name__, copy.copy(stack)
+        if getattr(stack, "reduction", None) == "none":
+            stack.reduction = "mean"
         added = isinstance(stack, ProgressiveKD) and tensors.get("target") is None  # to a criterion that has the target
         stack = LossStack({name: stack}, inputs={name: {"target": None}} if added else None)
     stack._refuse_unknown(tensors)
@@ -150,8 +155,7 @@ def check_setup(
     findings = []
     for (severity, about, test), sentence in RULES.items():
         for what, where, x in seen:
-            it = what == about and test(x)
-            if it:
+            if it := what == about and test(x):
                 findings.append(Finding(severity, where, " ".join(sentence.split()).format(it=it, x=x)))
     return SetupReport(tuple(x for _, _, x in seen if isinstance(x, TermReport)), tuple(findings))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import schedules
+from . import _checks, schedules
 from ._divergences import wide
 from .progressive import ProgressiveKD
 from .schedules import Schedule, Scheduled
@@ -95,18 +95,21 @@ class LossStack(Scheduled):
     ) -> None:
         super().__init__()
         if not isinstance(terms, Mapping | nn.ModuleDict) or len(terms) == 0:
-            raise TypeError(f"`terms` must be a mapping {{name: module}} with at least one term; got {terms!r}.")
+            raise TypeError(
+                f"`terms` must be a mapping {{name: module}} with at least one term; got {_checks.shown(terms)}."
+            )
         for name, term in terms.items():
             _check_term(name, term)
         for setting, given in (("weights", weights), ("inputs", inputs)):
             if not isinstance(given or {}, Mapping) or any(name not in terms for name in given or {}):
-                raise ValueError(f"`{setting}` must be a mapping from terms, {', '.join(terms)}; got {given!r}.")
+                raise ValueError(
+                    f"`{setting}` must be a mapping from terms, {', '.join(terms)}; got {_checks.shown(given)}."
+                )
         self.weights: dict[str, Schedule] = {name: (weights or {}).get(name, 1.0) for name in terms}
         self.inputs = {name: dict(renamed) for name, renamed in (inputs or {}).items()}
         self.terms = nn.ModuleDict(dict(terms.items()))
         self._calls = _calls_of(terms, self.inputs)
-        calls = [call for calls in self._calls.values() for call in calls.values()]
-        self._names = {*STANDARD, *(name for call in calls for name in call.names.values())}
+        self._names = set(STANDARD).union(*(x.names.values() for calls in self._calls.values() for x in calls.values()))
         self._start()
 
     def _at(self, epoch: int) -> list[float]:
@@ -124,16 +127,16 @@ class LossStack(Scheduled):
         values = {name: self.terms[name](**given) for name, given in picked.items()}
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
-                raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
+                raise ValueError(
+                    f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {_checks.shown(value)}."
+                )
         parts = [x if name in self._on else _nothing(self.terms[name], picked[name]) for name, x in values.items()]
         home = next((x.device for x in parts if not x.is_cpu), torch.device("cpu"))  # a constant may be elsewhere
         of_terms = torch.stack([x.to(home) for x in wide(*parts)])
-        total = (self._now.to(of_terms) * of_terms).sum()
-        return total, {name: value.detach() for name, value in values.items()}
+        return (self._now.to(of_terms) * of_terms).sum(), {name: value.detach() for name, value in values.items()}
 
     if TYPE_CHECKING:
-
-        def __call__(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+        __call__ = forward
 
     def update(self, **tensors: Any) -> None:
         """Hand the tensors on to the terms that have an `update`; takes the same ones as the call."""
@@ -147,10 +150,8 @@ class LossStack(Scheduled):
         return {f"{name}/{what}": value for name, of_term in said.items() for what, value in of_term.items()}
 
     def advance_epoch(self, epoch: int | None = None) -> None:
-        """After each epoch, hand it on to the terms that have one, a shared store once, and take the next weights.
-
-        With a number, the epoch that is about to start: what is there already stays as it is.
-        """
+        """After each epoch (or, with a number, before that one): hand it on to the terms, a shared store once; take the next
+        weights. What is there already stays as it is."""
         to, weights = self._next(epoch)  # which may be refused, as may an alpha
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
@@ -175,7 +176,6 @@ class LossStack(Scheduled):
             )
 
     def extra_repr(self) -> str:
-        """Each term's weight in this epoch, and the tensors that it needs [and takes], as they are to be passed."""
         lines = [f"epoch={schedules.value(self.epoch)}"]
         for i, (name, schedule) in enumerate(self.weights.items()):
             lines.append(f"{name}: weight {schedules.shown(schedule, self._now[i])}")
@@ -185,8 +185,8 @@ class LossStack(Scheduled):
 
 def _refuse_other_axes(terms: nn.ModuleDict, picked: Mapping[str, dict[str, Any]]) -> None:
     """Torch's cross-entropy takes the classes from axis 1, whatever the `class_dim` of another term says of the same tensor."""
-    for name in [name for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)]:
-        logits = picked[name]["input"]
+    of_torch = {name: picked[name]["input"] for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)}
+    for name, logits in of_torch.items():
         for other, given in picked.items():
             dim, x = getattr(terms[other], "class_dim", None), given.get("student_logits")
             if x is logits and isinstance(x, Tensor) and x.ndim > 1 and dim is not None and dim % x.ndim != 1:
@@ -210,7 +210,7 @@ def _calls_of(terms: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, 
             if parameter not in known or not isinstance(tensor, str | None):
                 raise ValueError(
                     f"`inputs[{name!r}]` must give parameters of the term, {', '.join(known)}, the name of a tensor or None; "
-                    f"got {parameter!r}: {tensor!r}."
+                    f"got {_checks.shown(parameter)}: {_checks.shown(tensor)}."
                 )
     return {
         method: {name: _call(name, x, method, inputs.get(name, {})) for name, x in terms.items() if _has(x, method)}
@@ -248,12 +248,13 @@ def _has(term: nn.Module, method: str) -> bool:
 def _check_term(name: str, term: object) -> None:
     if not isinstance(term, nn.Module):
         raise TypeError(
-            f"Term {name!r} must be an nn.Module (an instance; call a function in its `forward`); got {term!r}."
+            f"Term {name!r} must be an nn.Module (an instance; call a function in its `forward`); got {_checks.shown(term)}."
         )
     if isinstance(term, LossStack):
         raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
+    if getattr(term, "reduction", None) == "none":
+        raise ValueError(f"Term {name!r} must give a scalar: build it with reduction='mean' or 'sum'.")
     if isinstance(term, NOT_OF_LOGITS):
         raise TypeError(
-            f"Term {name!r} is a {type(term).__name__}, which does not take logits. Use nn.CrossEntropyLoss, DeterministicKD "
-            "or a module of your own."
+            f"Term {name!r} is a {type(term).__name__}, which takes no logits: use nn.CrossEntropyLoss, or DeterministicKD."
         )
