@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_325, 2_195  # of all files
+LINES, CODE = 3_340, 2_210  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -21,7 +21,7 @@ BUDGETS = {
     "_fused.py": 172,
     "_owned.py": 153,
     "_ranks.py": 82,
-    "_table.py": 219,
+    "_table.py": 224,
     "adversarial.py": 260,
     "aikd.py": 126,
     "data.py": 73,
