@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_340, 2_210  # of all files
+LINES, CODE = 3_345, 2_210  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -19,7 +19,7 @@ BUDGETS = {
     "_divergences.py": 81,
     "_file.py": 130,
     "_fused.py": 172,
-    "_owned.py": 153,
+    "_owned.py": 157,
     "_ranks.py": 82,
     "_table.py": 224,
     "adversarial.py": 260,
@@ -35,7 +35,7 @@ BUDGETS = {
     "setup_check.py": 260,
     "stack.py": 260,
     "targets.py": 119,
-    "teacher.py": 81,
+    "teacher.py": 82,
 }
 ROOT = Path(__file__).parent.parent
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -123,7 +123,11 @@ class Owner(Carrier):
 def lost_eps(optimizer: Optimizer) -> list[float]:
     """Where it is 0 in the type of its parameters, a division by it gives NaN. (What is fused computes in float32.)"""
     groups = [(x.get("eps"), p.dtype) for x in optimizer.param_groups for p in x["params"][:1] if not x.get("fused")]
-    return [eps for eps, dtype in groups if isinstance(eps, float) and eps and not torch.tensor(eps, dtype=dtype)]
+    return [
+        eps
+        for eps, dtype in groups
+        if isinstance(eps, float) and eps and not torch.tensor(eps, dtype=dtype, device="cpu")
+    ]
 
 
 def _numbers(optimizer: Optimizer) -> list[str]:

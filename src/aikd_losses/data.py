@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 
 class IndexedDataset(Dataset[Any]):
@@ -29,13 +29,13 @@ class IndexedDataset(Dataset[Any]):
                 "`dataset` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
                 f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide.md."
             )
-        inner: Any = dataset
-        while inner is not None:
-            if isinstance(inner, IndexedDataset):
-                raise TypeError(
-                    "`dataset` must not be indexed already, nor a part of one that is: ids would be of another."
-                )
-            inner = getattr(inner, "dataset", None)  # of a Subset, say
+        whole = dataset
+        while isinstance(whole, Subset):
+            whole = whole.dataset
+        if isinstance(whole, IndexedDataset):
+            raise TypeError(
+                "`dataset` must not be indexed already, nor a part of one that is: ids would be of another."
+            )
         self.dataset: Any = dataset
 
     def __getattr__(self, name: str) -> Any:

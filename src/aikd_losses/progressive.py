@@ -14,6 +14,13 @@ from .schedules import Schedule, Scheduled
 from .targets import TargetStore
 
 EPOCHS_BEFORE_WARNING = 4  # rows that may go by between two advance_epoch, in epochs
+# Why nothing was written:
+NEVER = "call `update(student_logits, index=index)` in every training step"
+NO_IDS = (
+    "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
+    "remove_unused_columns=False)"
+)
+BLENDED = "`update` had blended inputs alone, by their `partner_index`"
 
 
 class ProgressiveKD(Scheduled):
@@ -81,7 +88,7 @@ class ProgressiveKD(Scheduled):
         self.class_dim = _checks.class_dim(class_dim)
         self._start()
         self._rows_seen = 0  # since the last advance_epoch
-        self._skipped = "call `update(student_logits, index=index)` in every training step"
+        self._skipped = NEVER
         self._warned = False
 
     def _at(self, epoch: int) -> float:
@@ -150,14 +157,7 @@ class ProgressiveKD(Scheduled):
             )
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
-            self._skipped = (
-                "`update` had blended inputs alone, by their `partner_index`"
-                if index is not None
-                else (
-                    "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
-                    "remove_unused_columns=False)"
-                )
-            )
+            self._skipped = NO_IDS if index is None else BLENDED
             return
         logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
         probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
@@ -209,7 +209,7 @@ class ProgressiveKD(Scheduled):
             self.targets.advance_epoch()
             advanced.add(id(self.targets))
         self._enter(to, alpha)
-        self._rows_seen = 0
+        self._rows_seen, self._skipped = 0, NEVER
 
     def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:
         """The class axis, of tensors that fit each other and the store."""

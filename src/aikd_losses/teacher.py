@@ -73,7 +73,8 @@ class FrozenTeacher(Carrier):
         return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("model", "training") and "model" in self.__dict__ and hasattr(self.model, name):
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or "model" not in self.__dict__
+        if not own and hasattr(self.model, name):
             raise AttributeError(f"`{name}` is the model's and read-only here. Set it on `.model`.")
         super().__setattr__(name, value)
 
