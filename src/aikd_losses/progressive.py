@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,6 +85,10 @@ class ProgressiveKD(Scheduled):
 
     def _at(self, epoch: int) -> float:
         return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
+
+    def _fill(self, saved: Mapping[str, Tensor]) -> None:
+        super()._fill(saved)
+        self._rows_seen = 1  # perhaps: what was written before it was saved nobody knows
 
     @property
     def alpha(self) -> Tensor:
