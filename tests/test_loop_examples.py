@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+
+from aikd_losses import IndexedDataset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LOOPS = ["with_ignite.py", "with_accelerate.py", "with_lightning.py", "with_transformers.py"]
@@ -125,3 +130,117 @@ def test_an_example_is_short_and_its_header_says_how_it_is_run_and_what_the_read
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) - sys.stdlib_module_names
     if name not in LOOPS:  # nothing but torch, the library and, for the images, what the examples share
         assert imported - ({"_data"} if name == "segmentation.py" else set()) == {"torch", "aikd_losses"}
+
+
+# ------------------------------------------------------------------------------------------------ Lightning's checkpoints
+
+NOISE = ("does not have many workers", "treespec", "Checkpoint directory")
+
+
+class Resumable(DataLoader):
+    """Goes on after the batch at which it was saved, as Lightning asks of a loader; torch's own starts anew."""
+
+    served, resumed_at = 0, 0
+
+    def __iter__(self):
+        skipped, self.resumed_at = self.resumed_at, 0
+        for self.served, batch in enumerate(super().__iter__(), start=1):
+            if self.served > skipped:
+                yield batch
+
+    def state_dict(self):
+        return {"served": self.served % len(self)}
+
+    def load_state_dict(self, state):
+        self.resumed_at = state["served"]
+
+
+def lightning_run(folder, *callbacks, epochs=3, resume=None, loader=DataLoader, **trainer):
+    """The example's module, three steps an epoch; what it was like in each step, and the cross-entropy of each validation."""
+    import lightning
+    from _loops import new_model, test_set, train_set
+    from with_lightning import Student
+
+    class Watch(lightning.Callback):
+        def __init__(self):
+            self.steps, self.losses = [], []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            torch.manual_seed(trainer.global_step)  # as if the random state had been restored
+            term = module.criterion.terms["progressive"]
+            self.steps.append((trainer.current_epoch, int(module.criterion.epoch), int(term.epoch), float(term.alpha)))
+
+        def on_validation_end(self, trainer, module):
+            if not trainer.sanity_checking:
+                x, y = zip(*validation, strict=True)
+                self.losses.append(float(F.cross_entropy(module.model(torch.stack(x)), torch.stack(y))))
+
+    torch.manual_seed(0)
+    validation = Subset(test_set(), range(50))
+    watch, student = Watch(), Student(new_model(), 60)
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=[watch, *callbacks], **off, **trainer
+    )
+    images = loader(IndexedDataset(Subset(train_set(), range(60))), 20)
+    trainer.fit(student, images, DataLoader(validation, 50), ckpt_path=resume)
+    return student, watch, trainer
+
+
+def alike(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*(f"ignore:.*{noise}" for noise in NOISE))
+def test_lightning_stops_early_and_keeps_the_best_by_the_validation_loss(tmp_path):
+    """With the defaults of both callbacks. The loss is cross-entropy, and from what was kept training goes on."""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    def run(**settings):
+        saver = ModelCheckpoint(tmp_path, monitor="val/loss")
+        return saver, *lightning_run(tmp_path, EarlyStopping("val/loss"), saver, epochs=40, **settings)
+
+    saver, student, watch, trainer = run()
+    best = watch.losses.index(min(watch.losses))
+    assert 0 < best < len(watch.losses) - 1
+    assert len(watch.losses) == best + 1 + 3 < 40  # its patience
+    assert float(saver.best_model_score) == pytest.approx(watch.losses[best], rel=1e-5)
+    assert Path(saver.best_model_path).name == f"epoch={best}-step={3 * best + 3}.ckpt"
+    assert int(student.criterion.epoch) == trainer.current_epoch == best + 4
+    _, resumed, again, _ = run(resume=saver.best_model_path)
+    assert again.steps == watch.steps[3 * best + 3 :]
+    assert again.losses == watch.losses[best + 1 :]
+    assert alike(resumed, student)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*(f"ignore:.*{noise}" for noise in (*NOISE, "ended before the epoch ended")))
+@pytest.mark.parametrize(
+    ("loader", "steps", "saver", "trainer"),
+    [
+        (DataLoader, (3, 6, 9), {}, {}),
+        (DataLoader, (6,), {}, {"check_val_every_n_epoch": 2}),  # before the hook of the epoch's end
+        (DataLoader, (3, 6, 9), {"every_n_train_steps": 3}, {}),  # before it, too
+        (DataLoader, (2, 4, 6, 8), {"every_n_train_steps": 2}, {}),
+        (Resumable, (2, 4, 6, 8), {"every_n_train_steps": 2}, {}),
+    ],
+    ids=["at an epoch's end", "after a validation", "on an epoch's last step", "inside", "inside, resumable loader"],
+)
+def test_lightning_resumes_in_the_right_epoch(loader, steps, saver, trainer, tmp_path):
+    """And ends as if it had not stopped; but inside an epoch torch's own loader starts anew, for what is left of the steps."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def run(**resume):
+        where = ModelCheckpoint(tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **saver)
+        return lightning_run(tmp_path, where, loader=loader, **trainer, **resume)
+
+    student, watch, _ = run()
+    assert watch.steps == [(i // 3, i // 3, i // 3, pytest.approx(0.8 * (i // 3 + 1) / 40)) for i in range(9)]
+    assert {path.stem for path in tmp_path.iterdir()} == {str(step) for step in steps}
+    for step in steps:
+        resumed, again, _ = run(resume=tmp_path / f"{step}.ckpt")
+        assert again.steps == watch.steps[step:]
+        assert int(resumed.criterion.epoch) == 3
+        assert alike(resumed, student) == (loader is Resumable or step % 3 == 0)
