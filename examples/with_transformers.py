@@ -2,11 +2,11 @@
 
     python examples/with_transformers.py
     ...
-    epoch 40  eval_loss 0.585  eval_accuracy 0.638
-    test accuracy: pre-trained 60.82%, student 63.78%
+    test accuracy: pre-trained 61.12%, student 67.42%
 
-The data set's items are dicts, to which `IndexedDataset` adds "index". Items of the evaluation have none. Training is
-stopped half way and resumed from the Trainer's checkpoint, into which the callback puts the criterion.
+A small BERT of random weights reads an image, four rows of pixels a token. The data set's items are dicts, to which
+`IndexedDataset` adds "index". Items of the evaluation have none. A batch comes in two parts, whose gradients are accumulated.
+Training is stopped half way and resumed from the Trainer's checkpoint, into which the callback puts the criterion.
 """
 
 from __future__ import annotations
@@ -15,49 +15,50 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _loops import BATCH_SIZE, EPOCHS, SGD, new_model, pretrained_model, report, test_set, train_set
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
+from _loops import BATCH_SIZE, EPOCHS, test_set, train_set
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, logging
+from transformers.trainer_callback import PrinterCallback
 
 from aikd_losses import AIKDLoss, FrozenTeacher, IndexedDataset
 
+BERT = BertConfig(
+    vocab_size=1, hidden_size=112, num_hidden_layers=1, num_attention_heads=4, intermediate_size=112, num_labels=10
+)
 SETTINGS = dict(
-    per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=1000, max_grad_norm=0.0, use_cpu=True,
-    remove_unused_columns=False, label_names=["labels"],  # or "index" and "labels", no arguments of the model, are removed
-    save_strategy="epoch", save_total_limit=1, eval_strategy="steps",
-    report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    per_device_train_batch_size=BATCH_SIZE // 2, gradient_accumulation_steps=2, per_device_eval_batch_size=1000,
+    learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=0.0, use_cpu=True,
+    remove_unused_columns=False,  # or "index", which is no argument of the model, is dropped
+    save_strategy="epoch", save_total_limit=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
 )  # fmt: skip
 logging.set_verbosity_error()
-
-
-class Classifier(nn.Module):
-    """The network with a forward that the Trainer can call; `**kwargs` would tell it that the model divides by itself."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.network(pixels)}
+logging.disable_progress_bar()
 
 
 class DistillationTrainer(Trainer):
     def __init__(self, *args, teacher, criterion, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.criterion = teacher.to(self.args.device), criterion.to(self.args.device)
+        self.seen = []  # of the parts of a batch, whose gradients are accumulated
         self.add_callback(EndOfEpoch(criterion))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(inputs["pixels"])
-        tensors = dict(
-            student_logits=outputs["logits"],
-            teacher_logits=self.teacher(inputs["pixels"])["logits"],
-            index=inputs.get("index"),  # None in the evaluation: nothing has history there
-        )
-        loss, _ = self.criterion(**tensors, target=inputs["labels"])
+        labels, index = inputs.pop("labels"), inputs.pop("index", None)
+        if model.training and index is None:  # in an evaluation nothing has history
+            raise ValueError("A training batch has no `index`. Set remove_unused_columns=False; use IndexedDataset.")
+        outputs = model(**inputs)
+        tensors = dict(student_logits=outputs.logits, teacher_logits=self.teacher(**inputs).logits, index=index)
+        loss, _ = self.criterion(**tensors, target=labels)  # a sum over samples
         if model.training:
-            self.criterion.update(**tensors)
-        # A mean over the batch, as the Trainer expects it: `num_items_in_batch` is for sums.
+            self.seen.append({name: tensor.detach() for name, tensor in tensors.items()})
+            if self.accelerator.sync_gradients:  # the last part: the discriminator steps once for all of them
+                self.criterion.update(**{name: torch.cat([part[name] for part in self.seen]) for name in tensors})
+                self.seen.clear()
+        if num_items_in_batch is None:  # a model without `**kwargs`: the Trainer divides by the number of parts
+            loss = loss / len(labels)
+        else:  # samples of all parts and of all processes, over which gradients are averaged
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 
@@ -77,41 +78,40 @@ class EndOfEpoch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed
             self.criterion.load_state_dict(torch.load(self.path(args, state), weights_only=True))
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        values = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("eval_loss", "eval_accuracy"))
-        print(f"epoch {round(state.epoch):2d}  {values}")
+            self.criterion.advance_epoch(int(state.epoch))  # saved on an epoch's last step, by save_strategy="steps"
 
     def path(self, args, state) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "criterion.pt"
 
 
 def dicts(dataset) -> list[dict[str, Tensor]]:
-    return [{"pixels": x, "labels": y} for x, y in dataset]
+    return [{"inputs_embeds": x.view(7, 112), "labels": y} for x, y in dataset]
+
+
+def accuracy(trainer: Trainer) -> float:
+    seen = trainer.predict(dicts(test_set()))
+    return (seen.predictions.argmax(-1) == seen.label_ids).mean()
 
 
 def main() -> None:
     torch.manual_seed(0)
-    pretrained = pretrained_model()
-    training = IndexedDataset(dicts(train_set()))
-    steps = len(training) // BATCH_SIZE
+    images = dicts(train_set())
     with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(f"{folder}/plain", num_train_epochs=EPOCHS, **SETTINGS)
+        plain = Trainer(BertForSequenceClassification(BERT), arguments, train_dataset=images)
+        plain.remove_callback(PrinterCallback)
+        plain.train()
         for epochs in (EPOCHS // 2, EPOCHS):  # stopped half way, and resumed from the checkpoint
-            student = new_model()
-            optimizer = torch.optim.SGD(student.parameters(), **SGD)
             trainer = DistillationTrainer(
-                model=Classifier(student),
-                teacher=FrozenTeacher(Classifier(pretrained)),
-                criterion=AIKDLoss(num_samples=len(training), num_classes=10, num_epochs=EPOCHS),
-                args=TrainingArguments(folder, num_train_epochs=epochs, eval_steps=10 * steps, **SETTINGS),
-                train_dataset=training,
-                eval_dataset=dicts(test_set()),
-                optimizers=(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)),
-                compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()},
+                BertForSequenceClassification(BERT),
+                TrainingArguments(folder, num_train_epochs=epochs, **SETTINGS),
+                train_dataset=IndexedDataset(images),
+                teacher=FrozenTeacher(plain.model),
+                criterion=AIKDLoss(len(images), 10, EPOCHS, reduction="sum"),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=epochs == EPOCHS)
-    report(pretrained, student)
+        print(f"test accuracy: pre-trained {accuracy(plain):.2%}, student {accuracy(trainer):.2%}")
 
 
 if __name__ == "__main__":

@@ -232,7 +232,8 @@ KINDS = {
         ("mean", "sum"),
     ),
     "AIKDLoss": Kind(
-        "method", lambda **settings: AIKDLoss(ROWS, C, 4, targets=store(), **settings), of_tensors, usual_method, ()
+        *("method", lambda **settings: AIKDLoss(ROWS, C, 4, targets=store(), **settings), of_tensors, usual_method),
+        ("mean", "sum"),
     ),
 }
 
@@ -261,9 +262,9 @@ def gradient(kind: Kind, loss: Any, x: Batch, of: Callable[..., Tensor] | None =
 # ------------------------------------------------------------------------------------------------ what they promise
 
 
-def is_the_usual_composition(kind: Kind, reduction: str | None, dtype: torch.dtype, layout: str) -> None:
+def is_the_usual_composition(kind: Kind, reduction: str, dtype: torch.dtype, layout: str) -> None:
     """In value and gradient, of the positions that count, whatever stands at the others; nothing else changes."""
-    dim, settings = LAYOUTS[layout][0], {} if reduction is None else {"reduction": reduction}
+    dim, settings = LAYOUTS[layout][0], {"reduction": reduction}
     loss, x = made(kind, class_dim=dim, **settings), batch(dtype, layout, True)
     dim, counts, above = dim or -1, x.mask.flatten(), torch.tensor(3.0)
     if reduction == "none":
@@ -271,7 +272,7 @@ def is_the_usual_composition(kind: Kind, reduction: str | None, dtype: torch.dty
 
     def usual(exact: Any, x: Batch) -> Tensor:
         rows = kind.usual(exact, x)
-        return rows.where(counts, 0.0).view(above.shape) if above.ndim else getattr(rows[counts], reduction or "mean")()
+        return rows.where(counts, 0.0).view(above.shape) if above.ndim else getattr(rows[counts], reduction)()
 
     clean = batch(dtype)._replace(student=batch(dtype).student.double(), teacher=batch(dtype).teacher.double())
     expected = gradient(kind, made(kind, wide=True, class_dim=dim, **settings), clean, usual, above)

@@ -31,7 +31,7 @@ def test_law(law, kind):
 def test_contract(kind, dtype, layout):
     """Every layout with every type; every reduction with each of them."""
     of = KINDS[kind].reductions
-    reduction = of[(DTYPES.index(dtype) + list(LAYOUTS).index(layout)) % len(of)] if of else None
+    reduction = of[(DTYPES.index(dtype) + list(LAYOUTS).index(layout)) % len(of)]
     is_the_usual_composition(KINDS[kind], reduction, dtype, layout)
 
 

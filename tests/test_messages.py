@@ -402,7 +402,10 @@ WRONG_OF = {  # where an argument of one entry is not what it is of others
         "ValueError: `{name}` must be a number or have the shape (4,); got (4, 1).": [torch.ones(N, 1)],
         f"{UNIT} values in [0, 2].": [torch.tensor([0, 0.5, 1, 2])],
     },
-    ("functional.linear_deterministic_kd", "reduction"): one_of("mean", "sum", also=["batchmean", "none"]),
+    **{
+        (entry, "reduction"): one_of("mean", "sum", also=["batchmean", "none"])
+        for entry in ("functional.linear_deterministic_kd", "AIKDLoss")
+    },
     ("AdversarialObjective", "discriminator"): {},  # a function of scores
     ("LossStack", "weights"): {
         **OF_TERMS,

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from aikd_losses import (
     AdversarialDistributionLoss,
+    AIKDLoss,
     CachedTargets,
     DeterministicKD,
     EMATargets,
@@ -226,3 +227,32 @@ def test_penalties_of_a_linear_discriminator_are_the_closed_form(x, weight):
     zero_centred = discriminator_loss(ZeroCenteredPenalty(weight)) - plain
     assert_close(two_sided, torch.full_like(plain, weight * (norm - 1) ** 2))
     assert_close(zero_centred, torch.full_like(plain, weight * norm**2))
+
+
+# ------------------------------------------------------------------------------------------------------- micro-batches
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**16))
+def test_sums_of_micro_batches_over_their_count_are_the_whole_batch(sizes, seed):
+    """Of the full method, in value and gradient, with some rows masked and some without history."""
+    torch.default_generator.manual_seed(seed)
+    n, c = sum(sizes), 3
+    s, t = torch.randn(2, n, c)
+    y, index, mask = torch.randint(c, (n,)), torch.randperm(n), torch.rand(n) < 0.7
+    mask[0] = True
+    store = CachedTargets(n, c)
+    store.write(index[::2], torch.randn(n, c)[::2].softmax(-1))
+    whole, parts = (AIKDLoss(n, c, 2, targets=store, reduction=reduction) for reduction in ("mean", "sum"))
+    parts.load_state_dict(whole.state_dict())  # the same discriminator
+
+    def total(criterion, rows):
+        given = dict(student_logits=s[rows], teacher_logits=t[rows], target=y[rows], index=index[rows], mask=mask[rows])
+        return criterion(**given)[0]
+
+    s.requires_grad_()
+    expected = total(whole, torch.arange(n))
+    accumulated = sum(total(parts, rows) / mask.sum() for rows in torch.arange(n).split(sizes))
+    assert_close(accumulated, expected)
+    (found,), (wanted,) = (torch.autograd.grad(x, s) for x in (accumulated, expected))
+    assert_close(found, wanted)
+    assert found[mask].any(-1).all()

@@ -53,7 +53,7 @@ SIGNATURES = {
     "AIKDLoss": (
         "num_samples, num_classes, num_epochs, *, temperature=2.0, alpha=0.8, weights=None, targets=None, "
         "discriminator=None, objective='wasserstein', penalty=GradientPenalty(weight=10.0), learning_rate=0.001, "
-        "class_dim=None, process_group=None"
+        f"{COMMON}, process_group=None"
     ),
     "IndexedDataset": "dataset",
     "check_setup": "criterion, *, model=None, teacher=None, optimizer=None, **tensors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ class AIKDLoss(LossStack):
         discriminator: default `MLPDiscriminator(num_classes)`; it sees softmax probabilities at T = 1.
         objective, penalty: of the adversarial term (default "wasserstein", `GradientPenalty(10.0)`).
         learning_rate: of the discriminator's Adam with betas (0.5, 0.9) (default 1e-3).
+        reduction: of the three terms, `"mean"`, or `"sum"` where you divide by a count of your own (default `"mean"`).
         class_dim: the class axis; required for logits of more than two axes.
         process_group: of the adversarial term and the default store; `targets` of your own bring theirs.
 
@@ -81,29 +82,30 @@ class AIKDLoss(LossStack):
         objective: str | AdversarialObjective = "wasserstein",
         penalty: Penalty | None = GradientPenalty(10.0),  # noqa: B008 (frozen)
         learning_rate: float = 1e-3,
+        reduction: str = "mean",
         class_dim: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not callable(alpha):
             alpha = LinearRamp(_checks.number("alpha", alpha, 0.0, 1.0), num_epochs)
-        if discriminator is None:
-            discriminator = MLPDiscriminator(num_classes)
+        discriminator = MLPDiscriminator(num_classes) if discriminator is None else discriminator
         check_owned(discriminator, None)
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9))
+        shared: Any = dict(reduction=_checks.choice("reduction", reduction, ("mean", "sum")), class_dim=class_dim)
         terms = {
             "progressive": ProgressiveKD(
                 CachedTargets(num_samples, num_classes, process_group=process_group) if targets is None else targets,
                 alpha=alpha,
-                class_dim=class_dim,
+                **shared,
             ),
-            "deterministic": DeterministicKD(temperature=temperature, class_dim=class_dim),
+            "deterministic": DeterministicKD(temperature=temperature, **shared),
             "adversarial": AdversarialDistributionLoss(
                 discriminator,
                 objective=objective,
                 penalty=penalty,
                 optimizer=optimizer,
-                class_dim=class_dim,
                 process_group=process_group,
+                **shared,
             ),
         }
         super().__init__(
