@@ -121,9 +121,7 @@ class LossStack(Scheduled):
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {value!r}.")
-        home = next(
-            (x.device for x in values.values() if not x.is_cpu), torch.device("cpu")
-        )  # a constant may be elsewhere
+        home = [*(x.device for x in values.values() if not x.is_cpu), torch.device("cpu")][0]  # a constant may be there
         of_terms = torch.stack([x.to(home) for x in wide(*values.values())])
         weights = self._now.to(of_terms)
         weighted = (weights * of_terms).masked_fill(weights == 0, 0.0)  # also where a value is infinite
@@ -167,8 +165,7 @@ class LossStack(Scheduled):
         self._enter(to, weights)
 
     def _refuse_unknown(self, tensors: Mapping[str, Any]) -> None:
-        if not self._names.issuperset(tensors):
-            unknown = [name for name in tensors if name not in self._names]
+        if unknown := [name for name in tensors if name not in self._names]:
             # A name that is nearly right mostly leaves its term without its tensor: name that first.
             for call in self._calls["forward"].values():
                 call.pick(tensors)
