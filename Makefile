@@ -4,8 +4,8 @@ BIN := .venv/bin
 # Two processes, a file of tests in one of them, so that what its tests share is made once. PYTEST_ARGS="-n 0 FILE" for one file.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants check lint types dist
-.PHONY: setup clean
+.PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants oldest check lint types
+.PHONY: dist setup clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml constraints.txt
@@ -52,6 +52,14 @@ mutants: .venv/ready         ## changes of src/ that no test notices, by mutmut,
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(or $(JOBS),1) $(foreach pattern,$(ARGS),'$(pattern)')
 	$(BIN)/python benchmarks/mutation.py
 
+oldest: BIN := .venv-oldest/bin
+oldest:                      ## the suite with the lowest declared version of all it needs (6 GB, Python 3.10 to 3.12); writes benchmarks/results/
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[suite]'
+	bash -o pipefail -c '{ $(BIN)/python benchmarks/oldest.py && $(PYTEST) -q -rs $(PYTEST_ARGS); } | tee benchmarks/results/oldest.txt'
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,4 +86,4 @@ dist: .venv/ready            ## sdist and wheel, checked; then the wheel alone i
 check: lint types dist
 
 clean:
-	rm -rf .venv build dist runs mutants
+	rm -rf .venv .venv-oldest build dist runs mutants

@@ -177,9 +177,9 @@ def progressive(temperature: float, target: str, **of_store: Any) -> Kind:
     )
 
 
-def progressive_function(loss: Any, x: Batch) -> Tensor:
-    previous = predicted(x, loss.keywords.get("class_dim"))
-    return loss(x.student, previous, x.target, known=x.index % 2 == 0, mask=x.mask)
+def of_previous(x: Batch, *, class_dim: int | None = None, **settings: Any) -> Tensor:
+    given = dict(known=x.index % 2 == 0, mask=x.mask, class_dim=class_dim, **settings)
+    return progressive_kd(x.student, predicted(x, class_dim), x.target, **given)
 
 
 def adversary(**settings: Any) -> AdversarialDistributionLoss:
@@ -218,8 +218,8 @@ KINDS = {
     "ProgressiveKD without target": progressive(2.0, "none", dtype=torch.float64),
     "progressive_kd": Kind(
         "progressive",
-        partial(partial, progressive_kd, temperature=2.0, alpha=0.3),
-        progressive_function,
+        partial(partial, of_previous, temperature=2.0, alpha=0.3),
+        lambda loss, x: loss(x),
         lambda _, x: blend(x.student, predicted(x), x.index % 2 == 0, x.target, 2.0),
     ),
     **{f"adversarial {o}": adversarial(o) for o in OBJECTIVES},

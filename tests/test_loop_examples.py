@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ for target, *arguments in [*((run, name) for name in sys.argv[2:]), (torchrun,)]
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """What each of the loops prints, in the order of their runs."""
+    if missing := [name for name in ("accelerate", "ignite", "lightning", "transformers") if not find_spec(name)]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("elsewhere")
     command = [sys.executable, "-c", DRIVER, str(EXAMPLES), "quickstart.py", *LOOPS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -68,6 +68,19 @@ def test_the_pythons_that_are_tested_are_those_that_are_claimed():
     assert f"Python {tested[0]} or newer" in text("README.md")
 
 
+def test_the_lowest_versions_that_are_declared_are_those_that_make_oldest_ran_with():
+    extras = re.compile(r"^(?:dependencies|examples|suite) = \[(.*?)\]$", re.MULTILINE | re.DOTALL)
+    declared = re.findall(r'"([a-z-]+)>=([\d.]+)"', "".join(extras.findall(text("pyproject.toml"))))
+    ran = text("benchmarks/results/oldest.txt")  # which is not whole yet where this runs in `make oldest`
+    installed = re.findall(r"^([a-z-]+)>=([\d.]+): ([\d.]+)", ran, re.MULTILINE)
+    assert sorted(declared) == sorted((name, bound) for name, bound, _ in installed)
+    assert [x for x in installed if not re.fullmatch(rf"{re.escape(x[1])}(\.\d+)*", x[2])] == []
+    assert re.search(r"^\d+ failed", ran, re.MULTILINE) is None
+    lowest = dict(declared)["torch"]
+    assert f"torch>={lowest}" in text("README.md")
+    assert f"torch {lowest} or newer" in text("CHANGELOG.md")
+
+
 def test_only_publishing_may_do_more_than_read():
     for name, expected in (("ci", {}), ("release", {"publish": {"id-token": "write"}})):
         workflow = read(WORKFLOW % name)

@@ -10,13 +10,13 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_345, 2_215  # of all files
+LINES, CODE = 3_345, 2_210  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
     "_carrier.py": 147,
     "_checks.py": 250,
-    "_divergences.py": 81,
+    "_divergences.py": 79,
     "_file.py": 130,
     "_fused.py": 172,
     "_owned.py": 157,
@@ -33,7 +33,7 @@ BUDGETS = {
     "progressive.py": 252,
     "schedules.py": 101,
     "setup_check.py": 260,
-    "stack.py": 260,
+    "stack.py": 259,
     "targets.py": 119,
     "teacher.py": 82,
 }

@@ -52,7 +52,7 @@ class Table(Carrier):
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
         self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.pinned = device is not None or path is not None
-        home = torch.get_default_device() if device is None else torch.device(device)
+        home = torch.empty(0).device if device is None else torch.device(device)
         if path is not None and device is not None and home.type != "cpu":
             raise ValueError(f"`device` must be the CPU for a store in a file (`path`); got {home}.")
         self._allocate(home, create=True)

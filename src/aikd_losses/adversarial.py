@@ -204,7 +204,7 @@ class AdversarialDistributionLoss(Owner):
         else:
             x = torch.log_softmax(x, -1) if self.inputs == "log_probs" else x
             x = x.masked_fill(x == -math.inf, 0.0)  # an excluded class says nothing
-        return x.to(next(self.discriminator.parameters(), x).dtype)
+        return x.to([*self.discriminator.parameters(), x][0].dtype)
 
     def _score(self, state: dict[str, Tensor], given: Condition, x: Tensor) -> Tensor:
         """Scores `(rows,)`, float32 at least, by a discriminator whose tensors are those in `state`, where given."""
@@ -234,7 +234,7 @@ class AdversarialDistributionLoss(Owner):
     ) -> tuple[Tensor, Tensor, Condition, tuple[int, ...]]:
         """The logits of either side and the condition, a row a position, 0 where masked; and the shape of the positions."""
         axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
-        home = next(self.discriminator.parameters(), student_logits)
+        home = [*self.discriminator.parameters(), student_logits][0]
         _checks.same_device("discriminator", home, "student_logits", student_logits)
         s, t = (functional.rows(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
         shape = _checks.positions(student_logits, axis)

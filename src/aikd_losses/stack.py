@@ -131,7 +131,7 @@ class LossStack(Scheduled):
                     f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {_checks.shown(value)}."
                 )
         parts = [x if name in self._on else _nothing(self.terms[name], picked[name]) for name, x in values.items()]
-        home = next((x.device for x in parts if not x.is_cpu), torch.device("cpu"))  # a constant may be elsewhere
+        home = [*(x.device for x in parts if not x.is_cpu), torch.device("cpu")][0]  # a constant may be elsewhere
         of_terms = torch.stack([x.to(home) for x in wide(*parts)])
         return (self._now.to(of_terms) * of_terms).sum(), {name: value.detach() for name, value in values.items()}
 
@@ -166,8 +166,7 @@ class LossStack(Scheduled):
         self._enter(to, weights)
 
     def _refuse_unknown(self, tensors: Mapping[str, Any]) -> None:
-        if not self._names.issuperset(tensors):
-            unknown = [name for name in tensors if name not in self._names]
+        if unknown := [name for name in tensors if name not in self._names]:
             # A name that is nearly right mostly leaves its term without its tensor: name that first.
             for call in self._calls["forward"].values():
                 call.pick(tensors)
