@@ -45,9 +45,10 @@ def or_stop(what: str, then: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # torch.load says some of it twice
             yield
     except Exception as error:
-        lines = [line.strip(" \t.") for line in str(error).splitlines()]
-        why = next((f": {line[:150]}" for line in lines if line and line[-1] != ":"), "")  # torch begins with a heading
-        stop(f"{what} ({type(error).__name__}{why}). {then}")
+        lines = [line.strip() for line in str(error).splitlines()]
+        first = next((line for line in lines if line and line[-1] != ":"), "")  # torch begins with a heading
+        why = first.split(". ")[0].rstrip(".")[:150]
+        stop(f"{what} ({type(error).__name__}{': ' * bool(why)}{why}). {then}")
 
 
 def read(dataset: str, folder: Path | None = None) -> tuple[Tensor, ...]:

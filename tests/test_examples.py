@@ -551,7 +551,7 @@ WRONG_CHECKPOINTS = {
        for epoch in (-5, 0, 2, 4, 2.5, None, 10**9)},
     **{f"phase {phase}": (changed(phase=phase), f"its phase {phase} and epoch 3 are not the last of its history")
        for phase in (-1, 0, 1, 3)},
-    "no history": (changed(history=[]), "are not the last of its history"),
+    "an empty history": (changed(history=[]), "are not the last of its history"),
     "too much history": (changed(history=lambda saved: saved["history"] * 2), "are not the last of its history"),
     "history of something else": (changed(history=[1.0]), "TypeError"),
     "another model": (changed(model=another_network), "RuntimeError: Missing key(s) in state_dict"),
