@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
+import struct
 import sys
+import warnings
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MINI = Path(__file__).parent / "data" / "fashion-mnist-mini"  # embedded: 4,000 images to train on, 4,000 to test
+CLASSES = {"fashion-mnist-mini": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 HUB = {  # name on the Hugging Face hub, columns of image and label
     "fashion-mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
@@ -22,10 +28,27 @@ HUB = {  # name on the Hugging Face hub, columns of image and label
 }
 
 
+MOST = 100_000  # images in an IDX file; a header that says more is not believed
+
+
 def stop(message: str) -> NoReturn:
     """One line that says what to do, and exit status 2."""
-    print(f"cifar_train.py: {message}", file=sys.stderr)
+    print(f"cifar_train.py: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def or_stop(what: str, then: str) -> Iterator[None]:
+    """Whatever goes wrong inside ends in one line: what cannot be, why, and what to do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load says some of it twice
+            yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        first = next((line for line in lines if line and line[-1] != ":"), "")  # torch begins with a heading
+        why = first.split(". ")[0].rstrip(".")[:150]
+        stop(f"{what} ({type(error).__name__}{': ' * bool(why)}{why}). {then}")
 
 
 def read(dataset: str, folder: Path | None = None) -> tuple[Tensor, ...]:
@@ -34,26 +57,43 @@ def read(dataset: str, folder: Path | None = None) -> tuple[Tensor, ...]:
         stop(f"--data-dir {folder} is no folder.")
     if dataset == "fashion-mnist-mini":
         return read_idx(MINI)
-    if folder is not None and list(folder.glob("*-ubyte*")):
+    if dataset == "fashion-mnist" and folder is not None and list(folder.glob("*-ubyte*")):
         return read_idx(folder)
     return read_hub(dataset, folder)
 
 
 def read_idx(folder: Path) -> tuple[Tensor, ...]:
     """The four files of MNIST's format, gzipped or not."""
-
-    def content(stem: str, header: int) -> Tensor:
-        for path in (folder / f"{stem}-ubyte.gz", folder / f"{stem}-ubyte"):
-            if path.exists():
-                raw = path.read_bytes()
-                raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-                return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header)
-        stop(f"--data-dir {folder} has no {stem}-ubyte.gz; pass the folder of the four IDX files of Fashion-MNIST.")
-
     parts = []
     for part in ("train", "t10k"):
-        parts += [content(f"{part}-images-idx3", 16).view(-1, 1, 28, 28), content(f"{part}-labels-idx1", 8).long()]
+        images = read_idx_file(folder, f"{part}-images-idx3", 0x803, (28, 28))
+        labels = read_idx_file(folder, f"{part}-labels-idx1", 0x801, ())
+        check(str(folder), part, images, labels, CLASSES["fashion-mnist"])
+        parts += [images.unsqueeze(1), labels.long()]
     return tuple(parts)
+
+
+def read_idx_file(folder: Path, stem: str, magic: int, sides: tuple[int, ...]) -> Tensor:
+    """One of them, as bytes; of a file that is not what its header says no more is read than that."""
+    path = next((x for x in (folder / f"{stem}-ubyte.gz", folder / f"{stem}-ubyte") if x.exists()), None)
+    if path is None:
+        stop(f"--data-dir {folder} has no {stem}-ubyte.gz; pass the folder of the four IDX files of Fashion-MNIST.")
+    with or_stop(f"{path} cannot be read", "Get this file of Fashion-MNIST anew."):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(8 + 4 * len(sides))
+            if len(header) < 8 + 4 * len(sides):
+                raise ValueError(f"it ends after {len(header)} bytes, within its header")
+            found, count, *size = struct.unpack(f">{len(header) // 4}I", header)
+            if found != magic:
+                raise ValueError(f"it begins with {found:#x}, not with {magic:#x}, so it is no such file")
+            if tuple(size) != sides or not 1 <= count <= MOST:
+                raise ValueError(f"its header says {' x '.join(map(str, (count, *size)))}")
+            wanted = count * math.prod(sides)
+            content = file.read(wanted + 1)  # one more, to find the end, where gzip's checksum is
+        if len(content) != wanted:
+            kept = f"only {len(content)}" if len(content) < wanted else "more"
+            raise ValueError(f"its header says {wanted} bytes, and there are {kept}")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *sides)
 
 
 def read_hub(dataset: str, folder: Path | None) -> tuple[Tensor, ...]:
@@ -71,7 +111,7 @@ def read_hub(dataset: str, folder: Path | None) -> tuple[Tensor, ...]:
         stop(f"{dataset} needs the package {error.name} (pip install 'aikd-losses[examples]'). {instead}")
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the last word is ours
-    try:
+    with or_stop(f"{dataset} cannot be had", instead):  # whatever the hub, the network or the files make of it
         if folder is None:
             sets = datasets.load_dataset(name, download_config=datasets.DownloadConfig(max_retries=0))
         else:
@@ -84,10 +124,19 @@ def read_hub(dataset: str, folder: Path | None) -> tuple[Tensor, ...]:
             rows = sets[part].cast_column(image, datasets.Image())
             pixels = torch.from_numpy(np.stack([np.asarray(x) for x in rows[image]]))
             pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-            parts += [pixels, torch.tensor(rows[label])]
+            labels = torch.tensor(rows[label])
+            check(dataset, part, pixels, labels, CLASSES[dataset])
+            parts += [pixels, labels]
         return tuple(parts)
-    except Exception as error:  # whatever the hub, the network or the files make of it
-        stop(f"{dataset} cannot be had ({type(error).__name__}: {str(error).splitlines()[0][:100]}). {instead}")
+
+
+def check(whose: str, part: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """A label for each image, and each of them a class."""
+    if len(images) != len(labels):
+        stop(f"{whose} has {len(images)} images in {part} and {len(labels)} labels. Get both anew.")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        stop(f"{whose} has labels from {low} to {high} in {part}, not from 0 to {num_classes - 1}. Get them anew.")
 
 
 def spoil(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -127,7 +176,7 @@ class Data:
 def load(args: Namespace) -> Data:
     """What the seed draws: the same split and the same wrong labels for every method."""
     images, labels, test_images, test_labels = read(args.dataset, args.data_dir)
-    num_classes = int(labels.max()) + 1
+    num_classes = CLASSES[args.dataset]
     g = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(images), generator=g)
     held, train = order[: args.validation_size], order[args.validation_size :][: args.train_size]

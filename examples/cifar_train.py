@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _data import Data, load, stop
+from _checkpoint import make_folder, or_refuse, resume, write
+from _data import Data, load, or_stop, stop
 from _networks import NETWORKS
 from _report import PHASES, add_epoch, progress_bar, report, write_log
 from rich.console import Console
@@ -127,33 +128,17 @@ class Run:
         return model.to(self.args.device, memory_format=torch.channels_last)
 
     def save(self, epoch: int, parts: dict[str, Any]) -> None:
-        """After an epoch; the file is replaced in one step, so there is always a whole one."""
+        """After an epoch."""
         state = self.state | dict(epoch=epoch) | {name: part.state_dict() for name, part in parts.items()}
-        path = self.args.out / "checkpoint.pt"
-        with open(path.with_suffix(".new"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the other's place
-        os.replace(path.with_suffix(".new"), path)
-        self.state = state
-        write_log(self)
+        with or_stop(f"--out {self.args.out} cannot be written to", "Make room. What it held is whole: see --resume."):
+            write(self.args.out / "checkpoint.pt", state)
+            self.state = state
+            write_log(self)
 
-
-def resume(args: argparse.Namespace) -> dict[str, Any]:
-    """The checkpoint in --out, or where a run begins."""
-    path, free = args.out / "checkpoint.pt", ("out", "resume", "overwrite", "device", "compile", "data_dir")
-    settings = {name: value for name, value in sorted(vars(args).items()) if name not in free}
-    if args.overwrite or not path.exists():
-        if args.resume:
-            stop(f"--resume needs {path} to be there, and no --overwrite.")
-        return dict(settings=settings, phase=1, epoch=0, teacher=None, history=[])
-    if not args.resume:
-        stop(f"{path} is there already. Pass --resume to go on from it, --overwrite to start anew, or another --out.")
-    state: dict[str, Any] = torch.load(path, map_location=args.device, weights_only=True)
-    for name, now in settings.items():
-        if (was := state["settings"].get(name)) != now:
-            stop(f"--resume needs the settings of {path}: --{name.replace('_', '-')} was {was}, now it is {now}.")
-    return state
+    def pretrained(self) -> nn.Module:
+        model = self.new_model()
+        model.load_state_dict(self.state["teacher"])
+        return model
 
 
 def train(run: Run, progress: Progress) -> nn.Module:
@@ -164,14 +149,19 @@ def train(run: Run, progress: Progress) -> nn.Module:
     model, teacher, criterion = run.new_model(), None, LossStack({"cross_entropy": nn.CrossEntropyLoss()})
     if phase == "student":
         criterion = build_criterion(args, num_samples, data.num_classes)
+        with or_refuse(args):
+            pretrained = run.pretrained()
         if {"deterministic", "adversarial"} & set(args.terms):
-            teacher = FrozenTeacher(run.new_model())
-            teacher.model.load_state_dict(state["teacher"])
+            teacher = FrozenTeacher(pretrained)
     optimizer = optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
     parts = dict(model=model, optimizer=optimizer, criterion=criterion.to(device))
     if state["epoch"]:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        with or_refuse(args):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            momenta = [optimizer.state[p]["momentum_buffer"].shape for p in model.parameters()]
+            if momenta != [p.shape for p in model.parameters()]:  # which torch does not look at
+                raise ValueError("its optimizer is that of another model")
     compiled: Any = torch.compile if args.compile else lambda module: module
     network = compiled(DistributedDataParallel(model) if run.world > 1 else model)
     loss_of, teacher = compiled(criterion), teacher and compiled(teacher)
@@ -221,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(args.device if ":" in args.device else int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     run = Run(args, load(args), rank, world, Console(quiet=rank > 0), resume(args))
     if world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
@@ -237,9 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         run.console.print(f"Interrupted; saved: {saved}. Go on with --resume.")
         raise SystemExit(130) from None
     if rank == 0:
-        pretrained = run.new_model()
-        pretrained.load_state_dict(run.state["teacher"])
-        report(run, {"pre-trained": pretrained, "student": student})
+        report(run, {"pre-trained": run.pretrained(), "student": student})
     if world > 1:
         dist.barrier()  # the others wait for the report
         gc.collect()  # DDP holds the process group in a cycle; left to the interpreter's exit, gloo may abort

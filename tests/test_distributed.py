@@ -25,6 +25,7 @@ from aikd_losses import (
     CachedTargets,
     EMATargets,
     FrozenTeacher,
+    GradientPenalty,
     MLPDiscriminator,
     ProgressiveKD,
     ZeroCenteredPenalty,
@@ -322,6 +323,36 @@ def test_ranks_with_unequal_batches_take_the_joint_step_as_if_there_were_no_othe
     for probs, known in first[2] + second[2]:
         assert known.nonzero().flatten().tolist() == list(range(7))
         assert_close(probs[:7], s.softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("nothing", ["all masked", "no rows"])
+@pytest.mark.parametrize("penalty", [None, GradientPenalty(10.0), ZeroCenteredPenalty(0.1)])
+def test_a_rank_that_has_run_out_of_batches_takes_part_and_adds_nothing(penalty, nothing, on_ranks, monkeypatch):
+    """Rank 0 has a batch less than rank 1; in its place it gives rows that do not count, or none."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))  # the penalty's draws
+    s, t = torch.randn(2, 3, 4, C, dtype=torch.float64)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        discriminator = MLPDiscriminator(C, hidden=(4,)).double()
+        adam = torch.optim.Adam(discriminator.parameters(), lr=0.1)
+        return AdversarialDistributionLoss(discriminator, penalty=penalty, optimizer=adam)
+
+    def steps(loss, batches):
+        values = [loss.update(x, y, mask=mask) for x, y, mask in batches]
+        norm = loss.diagnostics()["gradient_norm"]
+        return values, norm, {k: v.clone() for k, v in loss.discriminator.state_dict().items()}
+
+    def work(rank):
+        batches = [(s[i], t[i], None) for i in (rank, 2)]
+        if rank == 0:
+            rows = slice(0) if nothing == "no rows" else slice(None)
+            batches[1] = s[0, rows], t[0, rows], torch.zeros(4, dtype=torch.bool)[rows]
+        return steps(build(rank), batches)
+
+    first, second = on_ranks(work)
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first, steps(build(0), [(s[:2].flatten(0, 1), t[:2].flatten(0, 1), None), (s[2], t[2], None)]))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import _data as data_of
@@ -287,6 +289,7 @@ def test_files_are_read_and_every_network_trains_on_them_with_augmentation(datas
     argv = ["--dataset", dataset, "--data-dir", tmp_path, "--train-size", 16, "--validation-size", 10,
             "--batch-size", 8]  # fmt: skip
     data = loaded(*argv)
+    assert data.num_classes == (100 if dataset == "cifar100" else 10)  # whatever labels there are
     assert np.array_equal(data.test[0].numpy(), images.reshape(10, *size[:2], -1).transpose(0, 3, 1, 2))
     assert data.test[1].tolist() == list(range(10))
     assert [len(labels) for _, labels in (data.train, data.validation)] == [16, 10]
@@ -386,6 +389,9 @@ OFFLINE = "cannot be had (ConnectionError: Couldn't reach the hub). Pass --data-
             "--dataset cifar10 --data-dir empty",
             "holds no train*.parquet and test*.parquet. Pass … files of uoft-cs/cifar10",
         ),
+        ("--dataset cifar10 --data-dir idx", "holds no train*.parquet and test*.parquet. Pass"),
+        ("--out file", "--out file cannot be written to (FileExistsError: …). Pass another folder."),
+        ("--out file/below", "--out file/below cannot be written to (NotADirectoryError: …). Pass another folder."),
         (
             "--dataset fashion-mnist --data-dir idx",
             "has no train-images-idx3-ubyte.gz; pass the folder of the four IDX files",
@@ -401,7 +407,8 @@ def test_what_cannot_be_is_one_line(argv, sentence, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "idx"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "idx" / "t10k-labels-idx1-ubyte").touch()
+    for file in ("file", "idx/t10k-labels-idx1-ubyte"):
+        (tmp_path / file).touch()
     assert re.search(re.escape(sentence).replace("…", ".*"), refused(["--out", tmp_path, *argv.split()], capsys))
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -415,6 +422,170 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_up(tmp_path, capsys):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert run(tmp_path, "--epochs", 1, "--overwrite", "--terms", "none")[1][-1]["terms"].keys() == {"cross_entropy"}
     assert run(tmp_path, "--epochs", 1, "--overwrite") == first
+
+
+def packed(change):
+    """What a gzipped file is when its content is changed."""
+    return lambda raw: gzip.compress(change(gzip.decompress(raw)))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"
+WRONG_FILES = {
+    "empty": (IMAGES, lambda raw: b"", "it ends after 0 bytes, within its header"),
+    "empty, gzipped": (LABELS, lambda raw: b"", "it ends after 0 bytes, within its header"),
+    "cut in its header": (IMAGES, lambda raw: raw[:15], "it ends after 15 bytes, within its header"),
+    "cut": (IMAGES, lambda raw: raw[:-1], "its header says 15680 bytes, and there are only 15679"),
+    "cut, gzipped": (LABELS, lambda raw: raw[:-9], "EOFError: "),
+    "another checksum": (LABELS, lambda raw: raw[:-8] + b"0000" + raw[-4:], "BadGzipFile: CRC check failed"),
+    "not gzipped": (LABELS, gzip.decompress, "BadGzipFile: Not a gzipped file"),
+    "gzipped, and not named so": (IMAGES, gzip.compress, "it begins with 0x1f8b08"),
+    "no IDX": (LABELS, packed(lambda raw: b"class,label\n" * 2), "it begins with 0x636c6173, not with 0x801"),
+    "images for labels": (LABELS, packed(lambda raw: b"\0\0\x08\x03" + raw[4:]), "with 0x803, not with 0x801"),
+    "labels for images": (IMAGES, lambda raw: b"\0\0\x08\x01" + raw[4:], "it begins with 0x801, not with 0x803"),
+    "other sides": (IMAGES, lambda raw: raw[:15] + b"\x1d" + raw[16:], "its header says 20 x 28 x 29"),
+    "none": (LABELS, packed(lambda raw: raw[:4] + bytes(4)), "its header says 0)"),
+    "too many": (IMAGES, lambda raw: raw[:4] + b"\xff" * 4 + raw[8:], "its header says 4294967295 x 28 x 28"),
+    "longer": (IMAGES, lambda raw: raw + b"0", "its header says 15680 bytes, and there are more"),
+    "longer, gzipped": (LABELS, packed(lambda raw: raw + b"0"), "its header says 10 bytes, and there are more"),
+    "one label less": (LABELS, packed(lambda raw: raw[:7] + b"\x09" + raw[8:-1]), "10 images in t10k and 9 labels"),
+    "no class": (LABELS, packed(lambda raw: raw[:-1] + b"\x0a"), "labels from 0 to 10 in t10k, not from 0 to 9"),
+}
+
+
+def contents(folder):
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_file_of_images_or_labels_that_is_wrong_is_one_line(name, change, sentence, tmp_path, capsys):
+    argv = with_idx_files(tmp_path)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    before = contents(tmp_path)
+    message = refused(argv, capsys)
+    assert sentence in message
+    assert re.search(r"\. Get (this file of Fashion-MNIST|both|them) anew\.\n$", message)
+    assert contents(tmp_path) == before
+
+
+def with_idx_files(folder):
+    for part, count in (("train", 20), ("test", 10)):
+        as_idx_files(folder, part, np.zeros((count, 28, 28), np.uint8), [i % 10 for i in range(count)])
+    return ["--dataset", "fashion-mnist", "--data-dir", folder, "--out", folder, "--validation-size", 10,
+            "--batch-size", 8, "--epochs", 1, "--model", "mlp"]  # fmt: skip
+
+
+def test_a_file_that_grows_beyond_what_its_header_says_does_not_fill_the_memory(tmp_path, capsys):
+    """64 MB of labels out of 64 kB, where ten were announced."""
+    argv = with_idx_files(tmp_path)
+    (tmp_path / LABELS).write_bytes(packed(lambda raw: raw + bytes(2**26))((tmp_path / LABELS).read_bytes()))
+    tracemalloc.start()
+    message = refused(argv, capsys)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "its header says 10 bytes, and there are more" in message
+    assert peak < 4e6
+
+
+def test_labels_of_parquet_files_that_are_no_classes_and_errors_without_a_word_are_one_line(
+    tmp_path, capsys, monkeypatch
+):
+    argv = ["--dataset", "cifar10", "--out", tmp_path / "out"]
+    for part, labels in (("train", [0, 1]), ("test", [-1, -1])):  # as where labels are held back
+        as_parquet_files("label", tmp_path, part, np.zeros((2, 32, 32, 3), np.uint8), labels)
+    message = refused([*argv, "--data-dir", tmp_path], capsys)
+    assert "cifar10 has labels from -1 to -1 in test, not from 0 to 9. Get them anew." in message
+
+    def silent(*args, **settings):
+        raise TimeoutError
+
+    monkeypatch.setattr("datasets.load_dataset", silent)
+    assert "cifar10 cannot be had (TimeoutError). Pass --data-dir" in refused(argv, capsys)
+
+
+def changed(**new):
+    """A checkpoint that holds something else there; `...` for nothing at all."""
+
+    def change(path):
+        saved = torch.load(path, weights_only=True)
+        saved |= {key: value(saved) if callable(value) else value for key, value in new.items()}
+        torch.save({key: value for key, value in saved.items() if value is not ...}, path)
+
+    return change
+
+
+def replaced(content):
+    return lambda path: path.write_bytes(content(path.read_bytes()))
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def another_network(saved):
+    return nn.Linear(3, 2).state_dict()
+
+
+def momenta_of_another(saved):
+    return saved["optimizer"] | {"state": {i: {"momentum_buffer": torch.zeros(3)} for i in saved["optimizer"]["state"]}}
+
+
+def store_of_another(saved):
+    key = "terms.progressive.targets.rows"
+    return saved["criterion"] | {key: saved["criterion"][key][:-1]}
+
+
+WRONG_CHECKPOINTS = {
+    "empty": (replaced(lambda raw: b""), "EOFError"),
+    "cut": (replaced(lambda raw: raw[: len(raw) // 2]), "RuntimeError: PytorchStreamReader failed reading zip archive"),
+    "cut at its end": (replaced(lambda raw: raw[:-1]), "RuntimeError: PytorchStreamReader failed reading zip archive"),
+    "something else": (replaced(lambda raw: b"no checkpoint\n"), "UnpicklingError"),
+    "a folder": (as_folder, "IsADirectoryError"),
+    "a module": (lambda path: torch.save(nn.Linear(2, 2), path), "UnpicklingError: Weights only load failed"),
+    "a program": (lambda path: torch.jit.trace(nn.ReLU(), torch.ones(1)).save(path), "TorchScript archives"),
+    "a list": (lambda path: torch.save([1], path), "TypeError"),
+    "weights alone": (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "KeyError: 'settings'"),
+    **{f"no {key}": (changed(**{key: ...}), f"KeyError: '{key}'") for key in ("phase", "epoch", "history", "teacher")},
+    **{f"without {key}": (changed(**{key: ...}), f"'{key}'") for key in ("model", "optimizer", "criterion")},
+    **{f"epoch {epoch}": (changed(epoch=epoch), f"its phase 2 and epoch {epoch} are not the last of its history")
+       for epoch in (-5, 0, 2, 4, 2.5, None, 10**9)},
+    **{f"phase {phase}": (changed(phase=phase), f"its phase {phase} and epoch 3 are not the last of its history")
+       for phase in (-1, 0, 1, 3)},
+    "an empty history": (changed(history=[]), "are not the last of its history"),
+    "too much history": (changed(history=lambda saved: saved["history"] * 2), "are not the last of its history"),
+    "history of something else": (changed(history=[1.0]), "TypeError"),
+    "another model": (changed(model=another_network), "RuntimeError: Missing key(s) in state_dict"),
+    "another teacher": (changed(teacher=another_network), "RuntimeError: Missing key(s) in state_dict"),
+    "no teacher": (changed(teacher=None), "TypeError"),
+    "another store": (changed(criterion=store_of_another), "RuntimeError: `terms.progressive.targets.rows` in the"),
+    "another optimizer": (changed(optimizer=lambda saved: {"state": {}, "param_groups": []}), "ValueError: loaded state"),
+    "other momenta": (changed(optimizer=momenta_of_another), "ValueError: its optimizer is that of another model"),
+    "no momenta": (changed(optimizer=lambda saved: saved["optimizer"] | {"state": {}}), "KeyError: 'momentum_buffer'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "sentence"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS)
+def test_a_checkpoint_that_is_broken_is_one_line_and_nothing_is_overwritten(change, sentence, whole, tmp_path, capsys):
+    for path in whole[0].iterdir():
+        shutil.copy(path, tmp_path)
+    change(tmp_path / "checkpoint.pt")
+    before = contents(tmp_path)
+    message = refused([*SMALL, "--out", tmp_path, "--resume"], capsys)
+    assert message.startswith(f"cifar_train.py: {tmp_path / 'checkpoint.pt'} cannot be used (")
+    assert sentence in message
+    assert message.endswith("). Bring back a copy of it, or pass --overwrite to start anew, or another --out.\n")
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(whole, tmp_path, monkeypatch, capsys):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    shutil.copy(whole[0] / "checkpoint.pt", tmp_path)
+    message = refused([*SMALL, "--out", tmp_path, "--overwrite"], capsys)
+    assert "cannot be written to (OSError: [Errno 28] No space left on device). Make room." in message
+    assert (tmp_path / "checkpoint.pt").read_bytes() == (whole[0] / "checkpoint.pt").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- over seeds
