@@ -63,11 +63,9 @@ def test_of_rows_that_are_asked_for_each_is_right_beside_those_that_matter_more(
 def test_blocks_do_not_disturb_each_other(masked, reduction, temperature, rows):
     """A whole number of blocks, a rest, and less than one; rows, shares and labels that are their own."""
     x, known, alpha = batch(torch.float64).of(slice(rows)), torch.arange(rows) % 2 == 0, torch.rand(rows).double()
-    previous, counts = (
-        0.97 * x.teacher.softmax(-1),
-        torch.arange(rows) % 3 != 1,
-    )  # as rounding leaves a row: not quite 1
-    counts = counts if masked else counts | True
+    soft = x.teacher.softmax(-1)
+    previous = 0.97 * soft  # as rounding leaves a row: not quite 1
+    counts = torch.arange(rows) % 3 != 1 if masked else torch.ones(rows, dtype=torch.bool)
     given = {"mask": counts if masked else None, "reduction": reduction}
 
     def reduced(values):
@@ -83,8 +81,8 @@ def test_blocks_do_not_disturb_each_other(masked, reduction, temperature, rows):
             lambda s: blend(s, previous, known, x.target, temperature, alpha),
         ),
         (
-            lambda s: progressive_kd(s, previous, previous.flip(0), alpha=0.3, temperature=temperature, **given),
-            lambda s: blend(s, previous, known | True, previous.flip(0), temperature),
+            lambda s: progressive_kd(s, previous, soft.flip(0), alpha=0.3, temperature=temperature, **given),
+            lambda s: blend(s, previous, known | True, soft.flip(0), temperature),
         ),
     ):
         assert_close(with_gradient(ours, x.student), with_gradient(lambda s, f=theirs: reduced(f(s)), x.student))
