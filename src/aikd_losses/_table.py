@@ -60,10 +60,7 @@ class Table(Carrier):
         self._num_written = 0
         self.inherited = self._file is not None and self._file.whole and bool(self.known.any())  # rows of another run
         if self.inherited:
-            try:
-                self._check_load(self._saved_tensors())
-            except ValueError as error:
-                raise ValueError(f"`path` {self.path!r} must be deleted: {error}") from error
+            self._check_classes(self.classes, f"the damaged `path` {self.path!r}")  # the rows may be too many to look at
 
     def _allocate(self, device: torch.device, create: bool) -> None:
         n, width = self.num_samples, self.top_k or self.num_classes
@@ -175,16 +172,18 @@ class Table(Carrier):
         self._last_write.fill_(-1)
         self._num_written = 0
 
-    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
-        classes = saved.get("classes")
+    def _check_classes(self, classes: Tensor | None, where: str) -> None:
         if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
-            raise ValueError(f"`classes` that were saved must be in 0..{self.num_classes - 1}.")
+            raise ValueError(f"`classes` in {where} must be in 0..{self.num_classes - 1}.")
+
+    def _check_load(self, saved: Mapping[str, Tensor]) -> None:
+        self._check_classes(saved.get("classes"), "the checkpoint")
         parts = saved["rows"].split(1024)  # a sum in float32 makes a copy
         sums = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
         least = 0.5 * self.rows.shape[1] / self.num_classes * saved["known"]  # averages in float16 may be that far off
         sound = (sums <= 1.5) & (sums >= least)
         if not (sound.all() and saved["rows"].min() >= 0):
-            raise ValueError("`rows` that were saved must be distributions (no negative value, sum 1, nothing NaN).")
+            raise ValueError("`rows` in the checkpoint must be distributions (no negative value, sum 1, nothing NaN).")
 
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         if self._file is not None:
