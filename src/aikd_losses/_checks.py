@@ -135,9 +135,9 @@ def values_are_free(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and all(x is None or x.device.type == "cpu" for x in tensors)
 
 
-def logits(value: object, dim: int | None) -> int:
-    """Floating scores with at least two axes; returns the position of the class axis."""
-    x = floating("student_logits", value)
+def logits(value: object, dim: int | None, counts: object = None, **like: object) -> int:
+    """Floating scores with at least two axes, the mask and what must be like them; returns the position of the class axis."""
+    x, dim = floating("student_logits", value), class_dim(dim)
     if x.ndim < 2:
         raise ValueError(f"`student_logits` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None and x.ndim > 2:
@@ -153,6 +153,9 @@ def logits(value: object, dim: int | None) -> int:
             f"`student_logits` must have at least 2 classes on axis {dim}; got shape {tuple(x.shape)}. For one score z a "
             "sample (binary), pass torch.cat([torch.zeros_like(z), z], dim)."
         )
+    mask(counts, x, dim)
+    for name, other in like.items():
+        like_logits(name, other, x)
     return dim % x.ndim
 
 

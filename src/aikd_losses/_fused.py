@@ -165,8 +165,9 @@ def rows_with_gradient(
     return (temperature**2 * values).to(s.dtype), torch.mul(slope, temperature * scale, out=out).to(s.dtype)
 
 
-def reduced(values: Tensor, reduction: str) -> Tensor:
-    """Without rows 0, and not NaN."""
-    if reduction == "none":
-        return values
-    return values.mean() if reduction == "mean" and len(values) else values.sum()
+def reduced(values: Tensor, reduction: str, mask: Tensor | None = None) -> Tensor:
+    """Of values, one a position: what is masked counts 0, and the mean of none is 0 with a graph."""
+    values = values if mask is None else values.masked_fill(~mask, 0.0)
+    if reduction == "mean":
+        return values.sum() / (max(1, values.numel()) if mask is None else mask.sum().clamp_min(1))
+    return values if reduction == "none" else values.sum()

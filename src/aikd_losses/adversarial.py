@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from . import _checks, functional
 from ._divergences import no_autocast, wide
+from ._fused import reduced
 from ._owned import Owner, lost_eps
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty, objective_of
 from .schedules import called
@@ -117,7 +118,7 @@ class AdversarialDistributionLoss(Owner):
             of_teacher = score(self._seen(t)) if objective.paired else None
             values = objective.student(score(self._seen(s)), of_teacher)
             _checks.shaped("objective.student", values, (len(s),), "must return a value a row, shape ")
-        return functional.reduce_positions(values.view(shape), mask, self.reduction)
+        return reduced(values.view(shape), self.reduction, mask)
 
     student_loss = forward
     """What calling the module gives. No gradient reaches the discriminator."""
@@ -138,7 +139,7 @@ class AdversarialDistributionLoss(Owner):
         with torch.inference_mode(False), no_autocast(s):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
             values, _ = self._values(buffers, s, t, given)
-        return functional.reduce_positions(values.view(shape), mask, self.reduction)
+        return reduced(values.view(shape), self.reduction, mask)
 
     def update(
         self,
@@ -176,7 +177,7 @@ class AdversarialDistributionLoss(Owner):
             counts = counts if mask is None else counts & mask.flatten()
             s, t = (x.detach().masked_fill(~counts.unsqueeze(-1), 0.0) for x in (s, t))
             values, lead = self._values({}, s, t, given)
-            loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
+            loss, norm = self._step(reduced(values, "sum", counts), counts.sum())
         self._last_step = loss, norm, lead.detach(), counts
         return loss
 
@@ -233,10 +234,11 @@ class AdversarialDistributionLoss(Owner):
         self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
     ) -> tuple[Tensor, Tensor, Condition, tuple[int, ...]]:
         """The logits of either side and the condition, a row a position, 0 where masked; and the shape of the positions."""
-        axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
+        axis = _checks.logits(student_logits, self.class_dim, mask, teacher_logits=teacher_logits)
         home = [*self.discriminator.parameters(), student_logits][0]
         _checks.same_device("discriminator", home, "student_logits", student_logits)
-        s, t = (functional.rows(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
+        both = (functional.visible(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
+        s, t = (wide(x)[0] for x in both)
         shape = _checks.positions(student_logits, axis)
         if condition is None:
             return s, t, (), shape

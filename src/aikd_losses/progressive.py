@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, functional, schedules
+from ._divergences import wide
 from ._table import Table
 from .schedules import Schedule, Scheduled
 from .targets import TargetStore
@@ -159,7 +160,7 @@ class ProgressiveKD(Scheduled):
         if index is None or partner_index is not None:
             self._skipped = NO_IDS if index is None else BLENDED
             return
-        logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
+        (logits,) = wide(functional.visible(student_logits.detach(), axis, mask).flatten(0, -2))
         probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
         keep = keep if mask is None else keep & mask.flatten()
         at = index.flatten()
@@ -213,8 +214,7 @@ class ProgressiveKD(Scheduled):
 
     def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:
         """The class axis, of tensors that fit each other and the store."""
-        axis = _checks.logits(student_logits, self.class_dim)
-        _checks.mask(mask, student_logits, axis)
+        axis = _checks.logits(student_logits, self.class_dim, mask)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
         if student_logits.shape[axis] != classes:
             raise ValueError(

@@ -165,8 +165,7 @@ def _on_cpu(stack: Any, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     dims = [term.class_dim for term in stack.terms.values() if isinstance(getattr(term, "class_dim", ""), int | None)]
     try:
         logits, mask = tensors["student_logits"], tensors.get("mask")
-        axis = _checks.logits(logits, dims[0] if dims else 1)
-        _checks.mask(mask, logits, axis)
+        axis = _checks.logits(logits, dims[0] if dims else 1, mask)
         counts = torch.ones(_checks.positions(logits, axis), dtype=torch.bool) if mask is None else mask.cpu()
         given = {name: x.detach() for name, x in tensors.items() if isinstance(x, Tensor)}
         labels = {name: x for name, x in given.items() if x.dtype == torch.int64 and x.shape == counts.shape}
