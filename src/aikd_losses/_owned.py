@@ -120,24 +120,18 @@ class Owner(Carrier):
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
 
 
-def lost_eps(optimizer: Optimizer) -> list[float]:
-    """Where it is 0 in the type of its parameters, a division by it gives NaN. (What is fused computes in float32.)"""
+def lost_eps(optimizer: Optimizer) -> bool:
+    """Whether it is 0 in the type of its parameters: a division by it gives NaN. (What is fused computes in float32.)"""
     groups = [(x.get("eps"), p.dtype) for x in optimizer.param_groups for p in x["params"][:1] if not x.get("fused")]
-    return [
-        eps
-        for eps, dtype in groups
-        if isinstance(eps, float) and eps and not torch.tensor(eps, dtype=dtype, device="cpu")
-    ]
+    return any(isinstance(x, float) and x and not torch.tensor(x, dtype=dtype, device="cpu") for x, dtype in groups)
 
 
 def _numbers(optimizer: Optimizer) -> list[str]:
     """Those of its settings that are a number, several, or a tensor. What a schedule adds to a group is none of them."""
     several = {key: x if isinstance(x, tuple | list) else (x,) for key, x in optimizer.defaults.items()}
-    return [key for key, values in several.items() if all(map(_is_number, values))]
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, Real | Tensor) and not isinstance(x, bool)
+    return [
+        key for key, x in several.items() if all(isinstance(y, Real | Tensor) and not isinstance(y, bool) for y in x)
+    ]
 
 
 def check_owned(discriminator: object, optimizer: object) -> None:

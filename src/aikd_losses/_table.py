@@ -198,9 +198,9 @@ class Table(Carrier):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.check_whole()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        return super().state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = () if self.path is None else ("rows", "classes", "known", "_file")
