@@ -462,7 +462,7 @@ def test_a_compiled_criterion_is_looked_at_as_it_is(world):
         (
             dict(criterion=[1]),
             TypeError,
-            "Term 'list' must be an nn.Module (an instance; call a function in its `forward`)",
+            "Term 'list' must be an instance of nn.Module (wrap a function in one)",
         ),
         (dict(criterion=LossStack({"a": Hidden()}), hidden=0, label=0), TypeError, "No term uses `label`; the terms a"),
         (dict(model=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),

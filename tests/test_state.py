@@ -683,8 +683,7 @@ def test_an_epoch_without_an_update_is_warned_of():
     [
         (
             {"index": None},
-            "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
-            "remove_unused_columns=False).",
+            "`update` had no ids, index=None (the Trainer of transformers drops theirs: remove_unused_columns=False).",
         ),
         (
             {"index": torch.tensor([0, 1]), "partner_index": torch.tensor([1, 0])},
@@ -778,9 +777,7 @@ def test_a_frozen_teacher_has_the_attributes_of_its_model_to_be_read():
 def test_a_model_that_cannot_be_copied_may_be_frozen_itself():
     model = nn.Linear(6, C)
     model.kept = model(torch.randn(2, 6))  # as a hook may
-    with pytest.raises(
-        TypeError, match=r"^`model` must be one that can be copied, or frozen itself, with copy=False; copying it"
-    ):
+    with pytest.raises(TypeError, match=r"^`model` must be copyable, or frozen itself: copy=False; copying"):
         FrozenTeacher(model)
     assert model.training
     assert model.weight.requires_grad

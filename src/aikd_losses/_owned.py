@@ -140,9 +140,7 @@ def check_owned(discriminator: object, optimizer: object) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}."
-        )
+        raise TypeError(f"`optimizer` must be a torch optimizer, not a wrapper of one; got {type(optimizer).__name__}.")
     own, held = set(discriminator.parameters()), {p for group in optimizer.param_groups for p in group["params"]}
     if held != own:
         raise ValueError(

@@ -44,11 +44,7 @@ class Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.integer("num_classes", num_classes, 2)
-        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
-            raise ValueError(
-                f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {_checks.shown(dtype)}."
-            )
-        self.dtype = dtype
+        self.dtype = _checks.choice("dtype", dtype, _checks.FLOATS)
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
         self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.pinned = device is not None or path is not None
@@ -219,6 +215,6 @@ class Table(Carrier):
         return clone
 
     def extra_repr(self) -> str:
-        size = f"num_samples={self.num_samples}, num_classes={self.num_classes}, dtype={self.dtype}"
-        size += "" if self.top_k is None else f", top_k={self.top_k}"
-        return size + (f", device={self.known.device}" if self.path is None else f", path={self.path!r}")
+        names = ["num_samples", "num_classes", "dtype", *["top_k"] * (self.top_k is not None)]
+        where = f"device={self.known.device}" if self.path is None else f"path={self.path!r}"
+        return f"{_checks.settings(self, *names)}, {where}"

@@ -156,8 +156,7 @@ class AdversarialDistributionLoss(Owner):
         """
         if not self.training:
             raise RuntimeError(
-                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
-                "`.train()` on the loss."
+                "`update` must not be called in eval mode: it would learn from evaluation. Call `.train()`."
             )
         if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
             raise RuntimeError(
@@ -166,7 +165,7 @@ class AdversarialDistributionLoss(Owner):
             )
         if lost_eps(self.optimizer):
             raise RuntimeError(
-                "`update` needs an `eps` that is not 0 in the type of the discriminator's parameters. Keep them in float32."
+                "`update` needs an `eps` that is not 0 in the type of the parameters. Keep them in float32."
             )
         s, t, given, _ = self._rows(student_logits, teacher_logits, mask, condition)
         if self._ranks.active() and not self._same_on_all_ranks:
@@ -255,8 +254,7 @@ class AdversarialDistributionLoss(Owner):
     def extra_repr(self) -> str:
         objective = repr(self.objective) if isinstance(self.objective, str) else "AdversarialObjective"
         return (
-            f"objective={objective}, inputs={self.inputs!r}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
+            f"objective={objective}, {_checks.settings(self, 'inputs', 'temperature', 'reduction', 'class_dim')}\n"
             f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()})\n"
             f"penalty={called(self.penalty)}, optimizer={None if self.optimizer is None else type(self.optimizer).__name__}"
         )

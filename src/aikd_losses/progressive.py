@@ -17,10 +17,7 @@ from .targets import TargetStore
 EPOCHS_BEFORE_WARNING = 4  # rows that may go by between two advance_epoch, in epochs
 # Why nothing was written:
 NEVER = "call `update(student_logits, index=index)` in every training step"
-NO_IDS = (
-    "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
-    "remove_unused_columns=False)"
-)
+NO_IDS = "`update` had no ids, index=None (the Trainer of transformers drops theirs: remove_unused_columns=False)"
 BLENDED = "`update` had blended inputs alone, by their `partner_index`"
 
 
@@ -79,8 +76,7 @@ class ProgressiveKD(Scheduled):
         super().__init__()
         if isinstance(targets, type) or not isinstance(targets, TargetStore):
             raise TypeError(
-                "`targets` must be a target store, an object with the methods read(index), write(index, probs) and "
-                f"advance_epoch(); got {_checks.shown(targets)}."
+                f"`targets` must be an object with read, write and advance_epoch; got {_checks.shown(targets)}."
             )
         self.targets = targets
         self.alpha_schedule = alpha
@@ -90,7 +86,6 @@ class ProgressiveKD(Scheduled):
         self._start()
         self._rows_seen = 0  # since the last advance_epoch
         self._skipped = NEVER
-        self._warned = False
 
     def _at(self, epoch: int) -> float:
         return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
@@ -154,7 +149,7 @@ class ProgressiveKD(Scheduled):
         """
         if not self.training:
             raise RuntimeError(
-                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call `.train()` on it."
+                "`update` must not be called in eval mode: it would learn from evaluation. Call `.train()`."
             )
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
@@ -176,10 +171,9 @@ class ProgressiveKD(Scheduled):
             self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
+        before, size = self._rows_seen, getattr(self.targets, "num_samples", math.inf)
         self._rows_seen += len(at) if mask is None else 1  # how many a mask leaves, nobody waits to know
-        size = getattr(self.targets, "num_samples", math.inf)
-        if self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
-            self._warned = True
+        if before <= EPOCHS_BEFORE_WARNING * size < self._rows_seen:
             warnings.warn(
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
@@ -244,9 +238,7 @@ class ProgressiveKD(Scheduled):
         return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
 
     def extra_repr(self) -> str:
-        settings = (
-            f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
-            f"temperature={self.temperature}, reduction={self.reduction!r}, class_dim={self.class_dim}"
-        )
+        settings = f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
+        settings += _checks.settings(self, "temperature", "reduction", "class_dim")
         # A store that is a module shows itself below.
         return settings if isinstance(self.targets, nn.Module) else f"{settings}\ntargets={type(self.targets).__name__}"
