@@ -255,8 +255,9 @@ WRONG = {
         **TENSOR,
         **FLOATING,
         "ValueError: `{name}` must have at least 2 axes, (N, C); got shape (4,).": [Of(lambda x: x[:, 0])],
-        "ValueError: `class_dim` is required for logits of more than 2 axes; got `{name}` of shape (4, 3, 1). Pass class_dim=1 "
-        "for (N, C, *) or class_dim=-1 for (N, *, C).": [Of(lambda x: x[..., None])],
+        "ValueError: `class_dim` is required for logits of shape (4, 3, 1). Pass 1 for (N, C, *), -1 for (N, *, C).": [
+            Of(lambda x: x[..., None])
+        ],
         "ValueError: `{name}` must have at least 2 classes on axis 1; got shape (4, 1). For one score z a sample (binary), "
         "pass torch.cat([torch.zeros_like(z), z], dim).": [Of(lambda x: x[:, :1])],
     },
@@ -267,8 +268,8 @@ WRONG = {
         TYPE_F8: [Of(lambda x: torch.full((N, C), 1 / C).to(F8))],
         f"TypeError: {INDICES} be of type int64; got torch.int32. Pass `{{name}}.long()`.": [Of(lambda x: x.int())],
         f"TypeError: {INDICES} be of type int64; got torch.float32. Pass `{{name}}.long()`.": [Of(lambda x: x.float())],
-        "ValueError: `{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For a label a position "
-        "pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss.": [
+        "ValueError: `{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For labels pass "
+        "int64 indices; several a position need another loss, BCEWithLogitsLoss.": [
             *(torch.ones(N, C), torch.full((N, C), NAN), torch.tensor([[2.0, -1, 0]]).expand(N, C))
         ],
         f"ValueError: {INDICES} have the shape of `student_logits` without its class axis, (4,); got (1,).": [FIRST],
@@ -569,7 +570,7 @@ OTHERS = {
         lambda w: IndexedDataset([{"index": 7}])[0]
     ],
     # tensors
-    "ValueError: `student_logits` must have the 3 classes of the target store on axis 1; got shape (4, 5).": [
+    "ValueError: `student_logits` must have the store's 3 classes on axis 1; got shape (4, 5).": [
         lambda w: w.progressive(torch.ones(N, 5), w.y, index=w.i),
         lambda w: w.progressive.update(torch.ones(N, 5), index=w.i),
     ],

@@ -667,8 +667,7 @@ def test_alpha_follows_the_epoch_and_a_number_says_which():
 def test_an_epoch_without_an_update_is_warned_of():
     loss = progressive()
     said = re.escape(
-        "`advance_epoch` was called, but nothing was written since the last time: call `update(student_logits, index=index)` "
-        "in every training step."
+        "Nothing was written since the last `advance_epoch`: call `update(student_logits, index=index)` in every training step."
     )
     for _ in range(2):
         with pytest.warns(UserWarning, match=f"^{said}$"):
@@ -694,7 +693,7 @@ def test_an_epoch_without_an_update_is_warned_of():
 def test_an_epoch_of_updates_that_wrote_nothing_is_told_why(given, reason):
     loss = progressive()
     loss.update(torch.randn(2, C), **given)
-    with pytest.warns(UserWarning, match=re.escape(f"nothing was written since the last time: {reason}")):
+    with pytest.warns(UserWarning, match=re.escape(f"Nothing was written since the last `advance_epoch`: {reason}")):
         loss.advance_epoch()
 
 
@@ -705,7 +704,7 @@ def test_the_first_epoch_that_ends_after_loading_is_not_warned_of():
     resumed = progressive()
     resumed.load_state_dict(loss.state_dict())
     resumed.advance_epoch()  # any warning is an error here
-    with pytest.warns(UserWarning, match="nothing was written"):
+    with pytest.warns(UserWarning, match="Nothing was written"):
         resumed.advance_epoch()
 
 

@@ -144,8 +144,7 @@ def logits(value: object, dim: int | None, counts: object = None, **like: object
         raise ValueError(f"`student_logits` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None and x.ndim > 2:
         raise ValueError(
-            f"`class_dim` is required for logits of more than 2 axes; got `student_logits` of shape {tuple(x.shape)}. "
-            "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
+            f"`class_dim` is required for logits of shape {tuple(x.shape)}. Pass 1 for (N, C, *), -1 for (N, *, C)."
         )
     dim = 1 if dim is None else dim
     if not -x.ndim <= dim < x.ndim:
@@ -186,10 +185,8 @@ def class_target(value: object, student_logits: Tensor, axis: int, counts: Tenso
     x = tensor("target", value)
     if x.is_floating_point() and x.shape != positions(student_logits, axis):
         like_logits("target", x, student_logits)
-        of_labels = (
-            "For a label a position pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss."
-        )
-        distributions("target", x.movedim(axis, -1), counts, of_labels)
+        hint = "For labels pass int64 indices; several a position need another loss, BCEWithLogitsLoss."
+        distributions("target", x.movedim(axis, -1), counts, hint)
         return
     one_hot = x.shape == student_logits.shape
     remedy = f" If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
@@ -197,8 +194,8 @@ def class_target(value: object, student_logits: Tensor, axis: int, counts: Tenso
         _typed("target", x, torch.int64, "of class indices must be of type int64", "long")
     shaped("target", x, positions(student_logits, axis), f"of class indices {POSITIONS}", remedy if one_hot else "")
     same_device("target", x, "student_logits", student_logits)
-    hint = "mask=target != -100 leaves some out"
-    _in_range("target", x, counts, student_logits.shape[axis], "number of classes", hint)
+    size = student_logits.shape[axis]
+    _in_range("target", x, counts, size, "number of classes", "mask=target != -100 leaves some out")
 
 
 def sample_index(

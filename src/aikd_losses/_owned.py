@@ -88,9 +88,8 @@ class Owner(Carrier):
             found |= {f"optimizer.state.{name}.{key}": x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
-                found[f"optimizer.param_groups.{i}.{key}"] = torch.as_tensor(
-                    group[key], dtype=torch.float64, device="cpu"
-                )
+                value = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
+                found[f"optimizer.param_groups.{i}.{key}"] = value
         return found
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:

@@ -81,9 +81,8 @@ class Table(Carrier):
         """RuntimeError where the file was left by a process that ended while it wrote."""
         if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
             raise RuntimeError(
-                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows of two "
-                "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file "
-                "to start without history."
+                f"`path` {self.path!r} was left half written by a process that ended before `advance_epoch`: rows may be torn. "
+                "Load a checkpoint of the store (`load_state_dict`), or delete the file to start without history."
             )
 
     @torch.no_grad()

@@ -1,9 +1,6 @@
-r"""The terms as pure functions of tensors; the modules add settings and state. The equations stand in `_divergences.py`;
-here is what they require of their tensors, and how a value a position is reduced.
-
-Notation: $s$ and $t$ are the student's and the teacher's logits, $q_T = \mathrm{softmax}(s/T)$ and
-$p_T = \mathrm{softmax}(t/T)$; sums run over classes, values are in nats. Everything is computed in float32 at least,
-and float64 for float64 logits, whatever autocast says.
+r"""The terms as pure functions of tensors; the modules add settings and state, and have the equations. $p_T$ and $q_T$ are
+the softmax of the teacher's and the student's logits over T. Everything is computed in float32 at least, and float64 for
+float64 logits, whatever autocast says.
 """
 
 import math
@@ -37,8 +34,6 @@ def deterministic_kd(
     >>> student = torch.tensor([[1.0, 0.0]]); teacher = torch.tensor([[0.0, 1.0]])
     >>> deterministic_kd(student, teacher, temperature=1.0)      # (p1 - p0) * 1 = tanh(1/2)
     tensor(0.4621)
-    >>> deterministic_kd(student, student, temperature=1.0)
-    tensor(0.)
     """
     beta = _checks.divergence(divergence, beta)
     temperature, reduction = _checks.temperature(temperature), _checks.reduction(reduction)

@@ -110,11 +110,12 @@ class ProgressiveKD(Scheduled):
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
-        previous, known = self._read(index, student_logits, axis, mask)
+        rows = student_logits.detach().movedim(axis, -1)
+        previous, known = self._read(index, rows, mask)
         if partner_index is not None:
             if index is None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
-            partners, partner_known = self._read(partner_index, student_logits, axis, mask)
+            partners, partner_known = self._read(partner_index, rows, mask)
             share = _checks.share("mix_lambda", mix_lambda, (len(index),), previous)
             share = share.reshape(-1, *[1] * (previous.ndim - 1))
             previous, known = share * previous + (1 - share) * partners, known & partner_known
@@ -164,7 +165,6 @@ class ProgressiveKD(Scheduled):
                 warnings.warn(
                     f"{self.targets.path!r} held rows already, and no checkpoint was loaded: in epoch 0 they are the targets, "
                     "whichever run they are of. Give each run and fold a `path` of its own.",
-                    UserWarning,
                     stacklevel=3,
                 )
             self.targets.inherited = False
@@ -177,7 +177,6 @@ class ProgressiveKD(Scheduled):
             warnings.warn(
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
-                UserWarning,
                 stacklevel=3,
             )
 
@@ -195,11 +194,7 @@ class ProgressiveKD(Scheduled):
         if to == int(self.epoch):
             return
         if self._rows_seen == 0:
-            warnings.warn(
-                f"`advance_epoch` was called, but nothing was written since the last time: {self._skipped}.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"Nothing was written since the last `advance_epoch`: {self._skipped}.", stacklevel=3)
         if id(self.targets) not in advanced:
             self.targets.advance_epoch()
             advanced.add(id(self.targets))
@@ -211,9 +206,9 @@ class ProgressiveKD(Scheduled):
         axis = _checks.logits(student_logits, self.class_dim, mask)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
         if student_logits.shape[axis] != classes:
+            found = tuple(student_logits.shape)
             raise ValueError(
-                f"`student_logits` must have the {classes} classes of the target store on axis {axis}; got shape "
-                f"{tuple(student_logits.shape)}."
+                f"`student_logits` must have the store's {classes} classes on axis {axis}; got shape {found}."
             )
         shape, size = _checks.positions(student_logits, axis), getattr(self.targets, "num_samples", None)
         for name, index in ids.items():
@@ -221,21 +216,17 @@ class ProgressiveKD(Scheduled):
                 _checks.sample_index(name, index, shape, size, mask)
         return axis
 
-    def _read(
-        self, index: Tensor | None, student_logits: Tensor, axis: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The stored rows, class axis last, and whether they are known, where the logits are; for None, none is."""
-        shape, classes = _checks.positions(student_logits, axis), student_logits.shape[axis]
+    def _read(self, index: Tensor | None, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stored rows in place of those of the logits, and whether they are known; for None, none is."""
+        *shape, classes = rows.shape
         if index is None:
-            none = torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
-            return student_logits.new_zeros((*shape, classes)), none
+            return torch.zeros_like(rows), rows.new_zeros(shape, dtype=torch.bool)
         # What stands at masked positions may be no id.
         at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
         probs, known = self.targets.read(at.flatten())
         for what, x, wanted in (("rows", probs, (at.numel(), classes)), ("flags", known, (at.numel(),))):
             _checks.shaped("targets.read", x, wanted, f"must return {what} of shape ")
-        device = student_logits.device
-        return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
+        return probs.to(rows.device).unflatten(0, shape), known.to(rows.device).unflatten(0, shape)
 
     def extra_repr(self) -> str:
         settings = f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "

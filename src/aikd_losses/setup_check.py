@@ -137,7 +137,7 @@ def check_setup(
     for given, kind in ((model, nn.Module), (teacher, nn.Module), (optimizer, torch.optim.Optimizer)):
         if given is not None and not isinstance(given, kind):
             raise TypeError(
-                f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer; got {_checks.shown(given)}."
+                f"`model`, `teacher`, `optimizer` must be Modules and an Optimizer; got {_checks.shown(given)}."
             )
     stack: Any = getattr(criterion, "_orig_mod", criterion)  # torch.compile's; there is no public name
     if not isinstance(stack, LossStack):
