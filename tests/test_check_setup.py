@@ -462,12 +462,12 @@ def test_a_compiled_criterion_is_looked_at_as_it_is(world):
         (
             dict(criterion=[1]),
             TypeError,
-            "Term 'list' must be an nn.Module (an instance; call a function in its `forward`)",
+            "Term 'list' must be an instance of nn.Module (wrap a function in one)",
         ),
         (dict(criterion=LossStack({"a": Hidden()}), hidden=0, label=0), TypeError, "No term uses `label`; the terms a"),
-        (dict(model=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),
-        (dict(teacher=torch.sum), TypeError, "`model`, `teacher` and `optimizer` must be "),
-        (dict(optimizer=torch.optim.SGD), TypeError, "`model`, `teacher` and `optimizer` must be "),
+        (dict(model=torch.sum), TypeError, "`model`, `teacher`, `optimizer` must be "),
+        (dict(teacher=torch.sum), TypeError, "`model`, `teacher`, `optimizer` must be "),
+        (dict(optimizer=torch.optim.SGD), TypeError, "`model`, `teacher`, `optimizer` must be "),
         (dict(criterion=AIKDLoss(3, 3, 3).to("meta")), NotImplementedError, "Cannot copy out of meta tensor"),
     ],
 )

@@ -176,7 +176,7 @@ ZEROS_LEFT_OUT = Of(lambda x: x.detach().to_sparse())
 SGD = torch.optim.SGD([torch.zeros(1)])
 
 # What is said, and for which values. {name} stands for the argument's, {got} for the value as it shows itself.
-DENSE = "TypeError: `{name}` must be a dense tensor; got %s. Pass `{name}.to_dense()`, or padded, with a mask."
+DENSE = "TypeError: `{name}` must be a dense tensor; got %s. Pass `{name}.to_dense()`, or pad and mask it."
 SPARSE, NESTED = DENSE % "torch.sparse_coo", DENSE % "a nested tensor"
 TENSOR = {
     "TypeError: `{name}` must be a torch.Tensor; got list.": [Of(lambda x: x.tolist())],
@@ -197,10 +197,10 @@ FLOATING = {
 DEVICE = "ValueError: `{name}` must be on the device of `student_logits`, cpu; got meta. Move it with `.to('cpu')`."
 AS_LOGITS = "ValueError: `{name}` must have the shape of `student_logits`, (4, 3); got"
 AS_POSITIONS = "ValueError: `{name}` must have the shape of `student_logits` without its class axis, (4,); got"
-AN_INSTANCE = "must be an nn.Module (an instance; call a function in its `forward`); got"
+AN_INSTANCE = "must be an instance of nn.Module (wrap a function in one); got"
 HELD = "ValueError: `optimizer` must hold exactly the discriminator's 6 parameters;"
 BUILD_IT = "Build it from `discriminator.parameters()`."
-NAMED = "must name its tensors in `forward`, each to be passed by keyword; got"
+NAMED = "must name each tensor of `forward`, to be passed by keyword; got"
 GIVEN = (
     "ValueError: `inputs['kd']` must give parameters of the term, student_logits, teacher_logits, mask, the name of a "
     "tensor or None; got"
@@ -255,8 +255,9 @@ WRONG = {
         **TENSOR,
         **FLOATING,
         "ValueError: `{name}` must have at least 2 axes, (N, C); got shape (4,).": [Of(lambda x: x[:, 0])],
-        "ValueError: `class_dim` is required for logits of more than 2 axes; got `{name}` of shape (4, 3, 1). Pass class_dim=1 "
-        "for (N, C, *) or class_dim=-1 for (N, *, C).": [Of(lambda x: x[..., None])],
+        "ValueError: `class_dim` is required for logits of shape (4, 3, 1). Pass 1 for (N, C, *), -1 for (N, *, C).": [
+            Of(lambda x: x[..., None])
+        ],
         "ValueError: `{name}` must have at least 2 classes on axis 1; got shape (4, 1). For one score z a sample (binary), "
         "pass torch.cat([torch.zeros_like(z), z], dim).": [Of(lambda x: x[:, :1])],
     },
@@ -267,8 +268,8 @@ WRONG = {
         TYPE_F8: [Of(lambda x: torch.full((N, C), 1 / C).to(F8))],
         f"TypeError: {INDICES} be of type int64; got torch.int32. Pass `{{name}}.long()`.": [Of(lambda x: x.int())],
         f"TypeError: {INDICES} be of type int64; got torch.float32. Pass `{{name}}.long()`.": [Of(lambda x: x.float())],
-        "ValueError: `{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For a label a position "
-        "pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss.": [
+        "ValueError: `{name}` must hold a distribution a row (no negative value, sum 1, nothing NaN). For labels pass "
+        "int64 indices; several a position need another loss, BCEWithLogitsLoss.": [
             *(torch.ones(N, C), torch.full((N, C), NAN), torch.tensor([[2.0, -1, 0]]).expand(N, C))
         ],
         f"ValueError: {INDICES} have the shape of `student_logits` without its class axis, (4,); got (1,).": [FIRST],
@@ -307,13 +308,15 @@ WRONG = {
     },
     "temperature": {
         **POSITIVE,
-        "TypeError: `{name}` must be a number; got a tensor, whose gradient would be lost. Pass its `.item()`; for one that is "
-        "learned see docs/guide.md.": [torch.tensor(2.0)],
+        "TypeError: `{name}` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide.md.": [
+            torch.tensor(2.0)
+        ],
     },
     "reduction": {
         **one_of("mean", "sum", "none"),
-        "ValueError: `{name}` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already the "
-        "mean over samples (over positions, where there are several a sample).": ["batchmean"],
+        "ValueError: `{name}` must be 'mean', not 'batchmean': classes are summed, 'mean' is that over samples.": [
+            "batchmean"
+        ],
     },
     "class_dim": INTEGER,
     "divergence": one_of("forward_kl", "reverse_kl", "js"),
@@ -333,8 +336,7 @@ WRONG = {
         "`mesh.get_group('dp')`); got {got}.": ["dp", 3]
     },
     "targets": {
-        "TypeError: `{name}` must be a target store, an object with the methods read(index), write(index, probs) and "
-        "advance_epoch(); got {got}.": [CachedTargets, {}]
+        "TypeError: `{name}` must be an object with read, write and advance_epoch; got {got}.": [CachedTargets, {}]
     },
     "discriminator": {
         "TypeError: `{name}` must be an nn.Module (an instance); got {got}.": [torch.sum, MLPDiscriminator]  # a class
@@ -342,8 +344,8 @@ WRONG = {
     "objective": one_of("non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"),
     "inputs": one_of("probs", "log_probs", "logits"),
     "optimizer": {
-        "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got str.": ["adam"],
-        "TypeError: `{name}` must be a torch optimizer, not a framework's wrapper around one; got SimpleNamespace.": [
+        "TypeError: `{name}` must be a torch optimizer, not a wrapper of one; got str.": ["adam"],
+        "TypeError: `{name}` must be a torch optimizer, not a wrapper of one; got SimpleNamespace.": [
             *(SimpleNamespace(optimizer=SGD), SimpleNamespace(_optimizer=SGD))
         ],
         f"{HELD} 0 of them and 1 others are in it. {BUILD_IT}": [SGD],
@@ -370,12 +372,12 @@ WRONG = {
         for kind, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
     }
     | {
-        "TypeError: `{name}` must not be indexed already, nor a part of one that is: ids would be of another.": [
+        "TypeError: `{name}` must not be indexed already, nor a part of one that is. Split first, then index.": [
             *(IndexedDataset([1]), Subset(Subset(IndexedDataset([1]), [0]), [0]))
         ]
     },
     "terms": {
-        "TypeError: `{name}` must be a mapping {name: module} with at least one term; got {got}.": [{}, [1.0]],
+        "TypeError: `{name}` must be a mapping {name: module}, not empty; got {got}.": [{}, [1.0]],
         f"TypeError: Term 'f' {AN_INSTANCE} {max}.": [{"f": max}],
         f"TypeError: Term 'f' {AN_INSTANCE} <function cross_entropy…": [{"f": nn.functional.cross_entropy}],
         f"TypeError: Term 'x' {AN_INSTANCE} {DeterministicKD}.": [{"x": DeterministicKD}],
@@ -527,10 +529,9 @@ def adversarial(discriminator, **settings):
 ODD_STORE = SimpleNamespace(read=lambda at: (torch.zeros(len(at) - 1, C), at > 0), write=len, advance_epoch=len)
 
 
-LIMITS = "For the limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
 SCORES = "ValueError: `discriminator` must return a score a row, shape"
 MEANS = AdversarialObjective(lambda t, s: (s - t).mean(), lambda s, _: -s.mean())
-NO_SCALAR = "must give a scalar tensor (reduction='mean' or 'sum'); got"
+NO_SCALAR = "must give a scalar (reduction='mean' or 'sum'); got"
 
 
 def needs(term, name, got):
@@ -540,7 +541,7 @@ def needs(term, name, got):
 
 OTHERS = {
     **{
-        f"ValueError: `beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {beta}. {LIMITS}": [
+        f"ValueError: `beta` must be inside (0, 1) for 'js'; got {beta}. Its limits: 'forward_kl' at 0, 'reverse_kl' at 1.": [
             lambda w, beta=beta: DeterministicKD(divergence="js", beta=beta),
             lambda w, beta=beta: deterministic_kd(w.s, w.t, divergence="js", beta=float(beta)),
         ]
@@ -569,7 +570,7 @@ OTHERS = {
         lambda w: IndexedDataset([{"index": 7}])[0]
     ],
     # tensors
-    "ValueError: `student_logits` must have the 3 classes of the target store on axis 1; got shape (4, 5).": [
+    "ValueError: `student_logits` must have the store's 3 classes on axis 1; got shape (4, 5).": [
         lambda w: w.progressive(torch.ones(N, 5), w.y, index=w.i),
         lambda w: w.progressive.update(torch.ones(N, 5), index=w.i),
     ],
@@ -616,13 +617,11 @@ OTHERS = {
         lambda w: adversarial(w.mlp).update(w.s, w.t),
         lambda w: (w.mlp.requires_grad_(False), w.of_mlp.update(w.s, w.t)),
     ],
-    "RuntimeError: `update` must not be called in eval mode: it would remember predictions of evaluation. Call `.train()` on "
-    "it.": [
+    "RuntimeError: `update` must not be called in eval mode: it would learn from evaluation. Call `.train()`.": [
         lambda w: w.progressive.eval().update(w.s, index=w.i),
         lambda w: w.method.eval().update(**w.all),
+        lambda w: w.adversarial.eval().update(w.s, w.t),
     ],
-    "RuntimeError: `update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
-    "`.train()` on the loss.": [lambda w: w.adversarial.eval().update(w.s, w.t)],
     # what a stack is given
     needs("progressive", "target", "student_logits, teacher_logits, index"): [
         *(lambda w: w.stack(**w.all), lambda w: w.method(**w.all), lambda w: w.stack(**w.all, target=None))

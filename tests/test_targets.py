@@ -390,9 +390,8 @@ def assert_refused(store):
         with pytest.raises(RuntimeError) as error:
             call()
         assert str(error.value) == (
-            f"`path` {store.path!r} was left half written: a process ended between two `advance_epoch`, so that rows of two "
-            "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file to "
-            "start without history."
+            f"`path` {store.path!r} was left half written by a process that ended before `advance_epoch`: rows may be torn. "
+            "Load a checkpoint of the store (`load_state_dict`), or delete the file to start without history."
         )
     assert_same(discriminator.state_dict(), weights)
 

@@ -89,16 +89,27 @@ class Carrier(nn.Module):
         """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
         misfits, own = [], dict[str, Any]()
         for name, module in self.named_modules(None, prefix[:-1], False):
+            at, here = name and f"{name}.", dict[str, Any]()
+            module._save_to_state_dict(here, at, False)
+            own |= here
             if isinstance(module, Carrier):
-                misfits += module._misfits(state_dict, name and f"{name}.")
-                Carrier._save_to_state_dict(module, own, name and f"{name}.", False)
-            else:  # the user's, which torch would find out when ours are loaded
-                module._save_to_state_dict(own, f"{name}.", False)
-        misfits = misfits or [
-            f"`{key}` in the checkpoint has the shape {_shape(state_dict[key])}; here it is {_shape(x)}."
-            for key, x in own.items()
-            if key in state_dict and _shape(x) not in (None, _shape(state_dict[key]))
-        ]
+                # None: what would be there with other settings, and without which the rest would be taken for what it is not.
+                here = {at + key: None for key in module._saved} | here
+            wrong = [
+                f"`{key}` in the checkpoint is {_kind(state_dict[key])}; here it is {_kind(x)}. Build this object with the "
+                "settings it was saved with."
+                for key, x in here.items()
+                if key in state_dict and not _fits(state_dict[key], x, isinstance(module, Carrier))
+            ]
+            misfits += wrong
+            if isinstance(module, Carrier) and not wrong:
+                names = module._saved_tensors()
+                saved = {key: state_dict[at + key] for key in names if at + key in state_dict}
+                try:
+                    if len(saved) == len(names):
+                        module._check_load(saved)
+                except (ValueError, TypeError) as error:
+                    misfits.append(f"{name or type(self).__name__}: {error}")
         for what, wanted, found in (("Missing", own, state_dict), ("Unexpected", state_dict, own)):
             keys = ", ".join(f'"{key}"' for key in wanted if key not in found)
             misfits += [f"{what} key(s) in state_dict: {keys}."] if strict and keys else []
@@ -106,27 +117,12 @@ class Carrier(nn.Module):
             whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
             raise RuntimeError(whose + "\n\t".join(misfits))
 
-    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """What of a checkpoint does not fit this object, and why."""
-        # None: what would be there with other settings, and without which the rest would be taken for what it is not.
-        own = {**dict.fromkeys(self._saved), **self._own_state()}
-        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        misfits = [
-            f"`{prefix}{name}` in the checkpoint is {_kind(x)}; here it is {_kind(own[name])}. Build this object with the "
-            "settings it was saved with."
-            for name, x in saved.items()
-            if _kind(x) != _kind(own[name])
-        ]
-        if not misfits and saved.keys() >= self._saved_tensors().keys():
-            try:
-                self._check_load(saved)
-            except (ValueError, TypeError) as error:
-                misfits.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-        return misfits
 
-
-def _shape(x: object) -> tuple[int, ...] | None:
-    return tuple(x.shape) if isinstance(x, Tensor) and not is_lazy(x) else None
+def _fits(saved: object, own: object, exactly: bool) -> bool:
+    """Whether it can be loaded. Of the user's modules torch asks for the shape alone, and would find out after ours."""
+    if exactly:
+        return _kind(saved) == _kind(own)
+    return not isinstance(own, Tensor) or is_lazy(own) or getattr(saved, "shape", None) == own.shape
 
 
 def _kind(x: object) -> str:

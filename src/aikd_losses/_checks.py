@@ -9,10 +9,12 @@ import math
 import sys
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = "must have the shape of `student_logits` without its class axis, "
@@ -25,6 +27,11 @@ def shown(value: object) -> str:
     except Exception:
         return f"an object of type {type(value).__name__}, which cannot be shown"
     return text if len(text) <= 500 else f"{text[:500]}..."
+
+
+def settings(thing: object, *names: str) -> str:
+    """For a `repr`."""
+    return ", ".join(f"{name}={getattr(thing, name)!r}" for name in names)
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
@@ -46,17 +53,16 @@ def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1
     return int(value)
 
 
-def choice(name: str, value: object, options: Collection[str]) -> str:
-    if not isinstance(value, str) or value not in options:
+def choice(name: str, value: T, options: Collection[T]) -> T:
+    if not isinstance(value, str | torch.dtype) or value not in options:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {shown(value)}.")
     return value
 
 
-def reduction(value: object) -> str:
+def reduction(value: str) -> str:
     if value == "batchmean":
         raise ValueError(
-            "`reduction` must be 'mean', not 'batchmean': here the class axis is always summed, so 'mean' is already "
-            "the mean over samples (over positions, where there are several a sample)."
+            "`reduction` must be 'mean', not 'batchmean': classes are summed, 'mean' is that over samples."
         )
     return choice("reduction", value, ("mean", "sum", "none"))
 
@@ -67,8 +73,7 @@ def divergence(value: object, beta: object) -> float:
     x = number("beta", beta, 0.0, 1.0)
     if value == "js" and x in (0.0, 1.0):
         raise ValueError(
-            f"`beta` must be inside (0, 1) for 'js', which is 0 for every pair at the ends; got {x:g}. For the "
-            "limits use divergence='forward_kl' (beta towards 0) or 'reverse_kl' (beta towards 1)."
+            f"`beta` must be inside (0, 1) for 'js'; got {x:g}. Its limits: 'forward_kl' at 0, 'reverse_kl' at 1."
         )
     return x
 
@@ -76,8 +81,7 @@ def divergence(value: object, beta: object) -> float:
 def temperature(value: object) -> float:
     if isinstance(value, Tensor):
         raise TypeError(
-            "`temperature` must be a number; got a tensor, whose gradient would be lost. Pass its `.item()`; for one that is "
-            "learned see docs/guide.md."
+            "`temperature` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide.md."
         )
     return number("temperature", value, 1e-9, 1e9)  # beyond, float64 has too few digits for near distributions
 
@@ -93,9 +97,7 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}.{hint}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else value.layout
-        raise TypeError(
-            f"`{name}` must be a dense tensor; got {kind}. Pass `{name}.to_dense()`, or padded, with a mask."
-        )
+        raise TypeError(f"`{name}` must be a dense tensor; got {kind}. Pass `{name}.to_dense()`, or pad and mask it.")
     return value
 
 
@@ -135,15 +137,14 @@ def values_are_free(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and all(x is None or x.device.type == "cpu" for x in tensors)
 
 
-def logits(value: object, dim: int | None) -> int:
-    """Floating scores with at least two axes; returns the position of the class axis."""
-    x = floating("student_logits", value)
+def logits(value: object, dim: int | None, counts: object = None, **like: object) -> int:
+    """Floating scores with at least two axes, the mask and what must be like them; returns the position of the class axis."""
+    x, dim = floating("student_logits", value), class_dim(dim)
     if x.ndim < 2:
         raise ValueError(f"`student_logits` must have at least 2 axes, (N, C); got shape {tuple(x.shape)}.")
     if dim is None and x.ndim > 2:
         raise ValueError(
-            f"`class_dim` is required for logits of more than 2 axes; got `student_logits` of shape {tuple(x.shape)}. "
-            "Pass class_dim=1 for (N, C, *) or class_dim=-1 for (N, *, C)."
+            f"`class_dim` is required for logits of shape {tuple(x.shape)}. Pass 1 for (N, C, *), -1 for (N, *, C)."
         )
     dim = 1 if dim is None else dim
     if not -x.ndim <= dim < x.ndim:
@@ -153,6 +154,9 @@ def logits(value: object, dim: int | None) -> int:
             f"`student_logits` must have at least 2 classes on axis {dim}; got shape {tuple(x.shape)}. For one score z a "
             "sample (binary), pass torch.cat([torch.zeros_like(z), z], dim)."
         )
+    mask(counts, x, dim)
+    for name, other in like.items():
+        like_logits(name, other, x)
     return dim % x.ndim
 
 
@@ -181,10 +185,8 @@ def class_target(value: object, student_logits: Tensor, axis: int, counts: Tenso
     x = tensor("target", value)
     if x.is_floating_point() and x.shape != positions(student_logits, axis):
         like_logits("target", x, student_logits)
-        of_labels = (
-            "For a label a position pass int64 indices. Several labels a position need another loss, BCEWithLogitsLoss."
-        )
-        distributions("target", x.movedim(axis, -1), counts, of_labels)
+        hint = "For labels pass int64 indices; several a position need another loss, BCEWithLogitsLoss."
+        distributions("target", x.movedim(axis, -1), counts, hint)
         return
     one_hot = x.shape == student_logits.shape
     remedy = f" If it is one-hot, pass `target.argmax({axis})`, or `target.float()` for probabilities."
@@ -192,8 +194,8 @@ def class_target(value: object, student_logits: Tensor, axis: int, counts: Tenso
         _typed("target", x, torch.int64, "of class indices must be of type int64", "long")
     shaped("target", x, positions(student_logits, axis), f"of class indices {POSITIONS}", remedy if one_hot else "")
     same_device("target", x, "student_logits", student_logits)
-    hint = "mask=target != -100 leaves some out"
-    _in_range("target", x, counts, student_logits.shape[axis], "number of classes", hint)
+    size = student_logits.shape[axis]
+    _in_range("target", x, counts, size, "number of classes", "mask=target != -100 leaves some out")
 
 
 def sample_index(

@@ -116,7 +116,8 @@ def in_blocks(
     scale = 1 / max(1, rows) if reduction == "mean" else 1.0
     block = partial(rows_with_gradient, name, beta, temperature, reduction == "none", scale)
     if rows <= step:
-        values, slope = block(*wide(student, teacher))
+        s, t = wide(student, teacher)
+        values, slope = block(s, t, None)
         return reduced(values, reduction), (slope,) if wanted else None
     # Made before the blocks: torch.cat would hold it twice.
     slopes = wide(student[:0], teacher[:0])[0].new_empty((rows if wanted else 0, classes))
@@ -124,19 +125,12 @@ def in_blocks(
     for start in range(0, rows, step):
         at = slice(start, start + step)
         s, t = wide(student[at], teacher[at])
-        found.append(block(s, t, out=slopes[at] if wanted else None)[0])
+        found.append(block(s, t, slopes[at] if wanted else None)[0])
     return reduced(torch.cat(found), reduction), (slopes,) if wanted else None
 
 
 def rows_with_gradient(
-    name: str,
-    beta: float,
-    temperature: float,
-    each: bool,
-    scale: float,
-    s: Tensor,
-    t: Tensor,
-    out: Tensor | None = None,
+    name: str, beta: float, temperature: float, each: bool, scale: float, s: Tensor, t: Tensor, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     r"""$T^2 D(p, q)$ a row, and `scale` times its gradient, put into `out`. Five digits are right of the sum of the rows or, if
     asked for, of `each`. The gradient with respect to s is T times
@@ -165,8 +159,9 @@ def rows_with_gradient(
     return (temperature**2 * values).to(s.dtype), torch.mul(slope, temperature * scale, out=out).to(s.dtype)
 
 
-def reduced(values: Tensor, reduction: str) -> Tensor:
-    """Without rows 0, and not NaN."""
-    if reduction == "none":
-        return values
-    return values.mean() if reduction == "mean" and len(values) else values.sum()
+def reduced(values: Tensor, reduction: str, mask: Tensor | None = None) -> Tensor:
+    """Of values, one a position: what is masked counts 0, and the mean of none is 0 with a graph."""
+    values = values if mask is None else values.masked_fill(~mask, 0.0)
+    if reduction == "mean":
+        return values.sum() / (max(1, values.numel()) if mask is None else mask.sum().clamp_min(1))
+    return values if reduction == "none" else values.sum()

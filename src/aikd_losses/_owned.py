@@ -88,9 +88,8 @@ class Owner(Carrier):
             found |= {f"optimizer.state.{name}.{key}": x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
-                found[f"optimizer.param_groups.{i}.{key}"] = torch.as_tensor(
-                    group[key], dtype=torch.float64, device="cpu"
-                )
+                value = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
+                found[f"optimizer.param_groups.{i}.{key}"] = value
         return found
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
@@ -120,24 +119,18 @@ class Owner(Carrier):
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
 
 
-def lost_eps(optimizer: Optimizer) -> list[float]:
-    """Where it is 0 in the type of its parameters, a division by it gives NaN. (What is fused computes in float32.)"""
+def lost_eps(optimizer: Optimizer) -> bool:
+    """Whether it is 0 in the type of its parameters: a division by it gives NaN. (What is fused computes in float32.)"""
     groups = [(x.get("eps"), p.dtype) for x in optimizer.param_groups for p in x["params"][:1] if not x.get("fused")]
-    return [
-        eps
-        for eps, dtype in groups
-        if isinstance(eps, float) and eps and not torch.tensor(eps, dtype=dtype, device="cpu")
-    ]
+    return any(isinstance(x, float) and x and not torch.tensor(x, dtype=dtype, device="cpu") for x, dtype in groups)
 
 
 def _numbers(optimizer: Optimizer) -> list[str]:
     """Those of its settings that are a number, several, or a tensor. What a schedule adds to a group is none of them."""
     several = {key: x if isinstance(x, tuple | list) else (x,) for key, x in optimizer.defaults.items()}
-    return [key for key, values in several.items() if all(map(_is_number, values))]
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, Real | Tensor) and not isinstance(x, bool)
+    return [
+        key for key, x in several.items() if all(isinstance(y, Real | Tensor) and not isinstance(y, bool) for y in x)
+    ]
 
 
 def check_owned(discriminator: object, optimizer: object) -> None:
@@ -146,9 +139,7 @@ def check_owned(discriminator: object, optimizer: object) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a torch optimizer, not a framework's wrapper around one; got {type(optimizer).__name__}."
-        )
+        raise TypeError(f"`optimizer` must be a torch optimizer, not a wrapper of one; got {type(optimizer).__name__}.")
     own, held = set(discriminator.parameters()), {p for group in optimizer.param_groups for p in group["params"]}
     if held != own:
         raise ValueError(

@@ -44,11 +44,7 @@ class Table(Carrier):
         self._ranks = Ranks(process_group)
         self.num_samples = _checks.integer("num_samples", num_samples, 1)
         self.num_classes = _checks.integer("num_classes", num_classes, 2)
-        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
-            raise ValueError(
-                f"`dtype` must be one of {', '.join(map(str, _checks.FLOATS))}; got {_checks.shown(dtype)}."
-            )
-        self.dtype = dtype
+        self.dtype = _checks.choice("dtype", dtype, _checks.FLOATS)
         self.top_k = None if top_k is None else _checks.integer("top_k", top_k, 1, num_classes)
         self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.pinned = device is not None or path is not None
@@ -82,9 +78,8 @@ class Table(Carrier):
         """RuntimeError where the file was left by a process that ended while it wrote."""
         if self._file is not None and not torch.compiler.is_compiling() and self._file.interrupted:
             raise RuntimeError(
-                f"`path` {self.path!r} was left half written: a process ended between two `advance_epoch`, so that rows of two "
-                "epochs are in it and some may be torn. Load a checkpoint of the store (`load_state_dict`), or delete the file "
-                "to start without history."
+                f"`path` {self.path!r} was left half written by a process that ended before `advance_epoch`: rows may be torn. "
+                "Load a checkpoint of the store (`load_state_dict`), or delete the file to start without history."
             )
 
     @torch.no_grad()
@@ -197,9 +192,9 @@ class Table(Carrier):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self if self.pinned else super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.check_whole()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        return super().state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = () if self.path is None else ("rows", "classes", "known", "_file")
@@ -218,6 +213,6 @@ class Table(Carrier):
         return clone
 
     def extra_repr(self) -> str:
-        size = f"num_samples={self.num_samples}, num_classes={self.num_classes}, dtype={self.dtype}"
-        size += "" if self.top_k is None else f", top_k={self.top_k}"
-        return size + (f", device={self.known.device}" if self.path is None else f", path={self.path!r}")
+        names = ["num_samples", "num_classes", "dtype", *["top_k"] * (self.top_k is not None)]
+        where = f"device={self.known.device}" if self.path is None else f"path={self.path!r}"
+        return f"{_checks.settings(self, *names)}, {where}"

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from . import _checks, functional
 from ._divergences import no_autocast, wide
+from ._fused import reduced
 from ._owned import Owner, lost_eps
 from .objectives import OBJECTIVES, AdversarialObjective, Penalty, objective_of
 from .schedules import called
@@ -117,7 +118,7 @@ class AdversarialDistributionLoss(Owner):
             of_teacher = score(self._seen(t)) if objective.paired else None
             values = objective.student(score(self._seen(s)), of_teacher)
             _checks.shaped("objective.student", values, (len(s),), "must return a value a row, shape ")
-        return functional.reduce_positions(values.view(shape), mask, self.reduction)
+        return reduced(values.view(shape), self.reduction, mask)
 
     student_loss = forward
     """What calling the module gives. No gradient reaches the discriminator."""
@@ -138,7 +139,7 @@ class AdversarialDistributionLoss(Owner):
         with torch.inference_mode(False), no_autocast(s):
             buffers = {name: x.clone() for name, x in self.discriminator.named_buffers()}
             values, _ = self._values(buffers, s, t, given)
-        return functional.reduce_positions(values.view(shape), mask, self.reduction)
+        return reduced(values.view(shape), self.reduction, mask)
 
     def update(
         self,
@@ -155,8 +156,7 @@ class AdversarialDistributionLoss(Owner):
         """
         if not self.training:
             raise RuntimeError(
-                "`update` must not be called in eval mode: it would train the discriminator on evaluation data. Call "
-                "`.train()` on the loss."
+                "`update` must not be called in eval mode: it would learn from evaluation. Call `.train()`."
             )
         if self.optimizer is None or not any(p.requires_grad for p in self.discriminator.parameters()):
             raise RuntimeError(
@@ -165,7 +165,7 @@ class AdversarialDistributionLoss(Owner):
             )
         if lost_eps(self.optimizer):
             raise RuntimeError(
-                "`update` needs an `eps` that is not 0 in the type of the discriminator's parameters. Keep them in float32."
+                "`update` needs an `eps` that is not 0 in the type of the parameters. Keep them in float32."
             )
         s, t, given, _ = self._rows(student_logits, teacher_logits, mask, condition)
         if self._ranks.active() and not self._same_on_all_ranks:
@@ -176,7 +176,7 @@ class AdversarialDistributionLoss(Owner):
             counts = counts if mask is None else counts & mask.flatten()
             s, t = (x.detach().masked_fill(~counts.unsqueeze(-1), 0.0) for x in (s, t))
             values, lead = self._values({}, s, t, given)
-            loss, norm = self._step(functional.reduce_positions(values, counts, "sum"), counts.sum())
+            loss, norm = self._step(reduced(values, "sum", counts), counts.sum())
         self._last_step = loss, norm, lead.detach(), counts
         return loss
 
@@ -233,10 +233,11 @@ class AdversarialDistributionLoss(Owner):
         self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, condition: Tensor | None
     ) -> tuple[Tensor, Tensor, Condition, tuple[int, ...]]:
         """The logits of either side and the condition, a row a position, 0 where masked; and the shape of the positions."""
-        axis = functional.check_teacher(student_logits, teacher_logits, mask, self.class_dim)
+        axis = _checks.logits(student_logits, self.class_dim, mask, teacher_logits=teacher_logits)
         home = [*self.discriminator.parameters(), student_logits][0]
         _checks.same_device("discriminator", home, "student_logits", student_logits)
-        s, t = (functional.rows(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
+        both = (functional.visible(x, axis, mask).flatten(0, -2) for x in (student_logits, teacher_logits.detach()))
+        s, t = (wide(x)[0] for x in both)
         shape = _checks.positions(student_logits, axis)
         if condition is None:
             return s, t, (), shape
@@ -253,8 +254,7 @@ class AdversarialDistributionLoss(Owner):
     def extra_repr(self) -> str:
         objective = repr(self.objective) if isinstance(self.objective, str) else "AdversarialObjective"
         return (
-            f"objective={objective}, inputs={self.inputs!r}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, class_dim={self.class_dim}\n"
+            f"objective={objective}, {_checks.settings(self, 'inputs', 'temperature', 'reduction', 'class_dim')}\n"
             f"discriminator={type(self.discriminator).__name__}({self.discriminator.extra_repr()})\n"
             f"penalty={called(self.penalty)}, optimizer={None if self.optimizer is None else type(self.optimizer).__name__}"
         )

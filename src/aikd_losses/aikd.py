@@ -92,12 +92,9 @@ class AIKDLoss(LossStack):
         check_owned(discriminator, None)
         optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.9))
         shared: Any = dict(reduction=_checks.choice("reduction", reduction, ("mean", "sum")), class_dim=class_dim)
+        store = CachedTargets(num_samples, num_classes, process_group=process_group) if targets is None else targets
         terms = {
-            "progressive": ProgressiveKD(
-                CachedTargets(num_samples, num_classes, process_group=process_group) if targets is None else targets,
-                alpha=alpha,
-                **shared,
-            ),
+            "progressive": ProgressiveKD(store, alpha=alpha, **shared),
             "deterministic": DeterministicKD(temperature=temperature, **shared),
             "adversarial": AdversarialDistributionLoss(
                 discriminator,
@@ -108,9 +105,7 @@ class AIKDLoss(LossStack):
                 **shared,
             ),
         }
-        super().__init__(
-            terms, weights={"progressive": 0.5, "deterministic": 0.5, "adversarial": 1.0, **(weights or {})}
-        )
+        super().__init__(terms, weights={"progressive": 0.5, "deterministic": 0.5, **(weights or {})})
 
     if TYPE_CHECKING:  # the tensors of the three terms, spelled out for editors
 

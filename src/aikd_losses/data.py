@@ -34,7 +34,7 @@ class IndexedDataset(Dataset[Any]):
             whole = whole.dataset
         if isinstance(whole, IndexedDataset):
             raise TypeError(
-                "`dataset` must not be indexed already, nor a part of one that is: ids would be of another."
+                "`dataset` must not be indexed already, nor a part of one that is. Split first, then index."
             )
         self.dataset: Any = dataset
 

@@ -84,8 +84,5 @@ class DeterministicKD(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        beta = f", beta={self.beta}" if self.divergence == "js" else ""
-        return (
-            f"temperature={self.temperature}, divergence={self.divergence!r}{beta}, reduction={self.reduction!r}, "
-            f"class_dim={self.class_dim}"
-        )
+        beta = ["beta"] if self.divergence == "js" else []
+        return _checks.settings(self, "temperature", "divergence", *beta, "reduction", "class_dim")

@@ -47,4 +47,4 @@ class MLPDiscriminator(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, hidden={self.hidden}"
+        return _checks.settings(self, "num_classes", "hidden")

@@ -1,9 +1,6 @@
-r"""The terms as pure functions of tensors; the modules add settings and state. The equations stand in `_divergences.py`;
-here is what they require of their tensors, and how a value a position is reduced.
-
-Notation: $s$ and $t$ are the student's and the teacher's logits, $q_T = \mathrm{softmax}(s/T)$ and
-$p_T = \mathrm{softmax}(t/T)$; sums run over classes, values are in nats. Everything is computed in float32 at least,
-and float64 for float64 logits, whatever autocast says.
+r"""The terms as pure functions of tensors; the modules add settings and state, and have the equations. $p_T$ and $q_T$ are
+the softmax of the teacher's and the student's logits over T. Everything is computed in float32 at least, and float64 for
+float64 logits, whatever autocast says.
 """
 
 import math
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergences import cross_entropy, divergence_rows, wide
+from ._divergences import cross_entropy, divergence_rows
 from ._fused import in_blocks, reduced, with_its_gradient
 from .linear import linear_deterministic_kd
 
@@ -37,12 +34,10 @@ def deterministic_kd(
     >>> student = torch.tensor([[1.0, 0.0]]); teacher = torch.tensor([[0.0, 1.0]])
     >>> deterministic_kd(student, teacher, temperature=1.0)      # (p1 - p0) * 1 = tanh(1/2)
     tensor(0.4621)
-    >>> deterministic_kd(student, student, temperature=1.0)
-    tensor(0.)
     """
     beta = _checks.divergence(divergence, beta)
     temperature, reduction = _checks.temperature(temperature), _checks.reduction(reduction)
-    axis = check_teacher(student_logits, teacher_logits, mask, class_dim)
+    axis = _checks.logits(student_logits, class_dim, mask, teacher_logits=teacher_logits)
     student, teacher = visible(student_logits, axis, mask), visible(teacher_logits.detach(), axis, mask)
 
     how = "sum" if mask is not None and reduction == "mean" else reduction  # what is masked gives 0
@@ -80,11 +75,9 @@ def progressive_kd(
     >>> progressive_kd(s, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), alpha=0.5)    # log 2, whatever the target
     tensor(0.6931)
     """
-    temperature = _checks.temperature(temperature)
-    axis = _checks.logits(student_logits, _checks.class_dim(class_dim))
-    _checks.like_logits("previous", previous, student_logits)
+    temperature, reduction = _checks.temperature(temperature), _checks.reduction(reduction)
+    axis = _checks.logits(student_logits, class_dim, mask, previous=previous)
     _checks.mask(known, student_logits, axis, "known")
-    _checks.mask(mask, student_logits, axis)
     student, previous = visible(student_logits, axis, mask), visible(previous.detach(), axis, mask)
     like = student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
     a = _checks.share("alpha", alpha, student.shape[:-1], like).expand(student.shape[:-1])
@@ -101,16 +94,7 @@ def progressive_kd(
             target = target if mask is None else target.masked_fill(~mask, 0)  # an ignored label, -100 say, is no class
         hard = cross_entropy(target, student)
         value = value + (1 - a) * (hard if learned else hard.masked_fill(a >= 1, 0.0))
-    return reduce_positions(value, mask, reduction)
-
-
-def reduce_positions(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """`values`, one a position, reduced over the positions that count; with none of them, 0 with a graph."""
-    _checks.reduction(reduction)
-    if mask is None:
-        return reduced(values, reduction)
-    values = values.masked_fill(~mask, 0.0)
-    return values.sum() / mask.sum().clamp_min(1) if reduction == "mean" else reduced(values, reduction)
+    return reduced(value, reduction, mask)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -118,20 +102,7 @@ def finite_rows(logits: Tensor) -> Tensor:
     return logits.amax(-1).abs() < math.inf  # False for NaN, which amax hands on
 
 
-def check_teacher(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, class_dim: int | None) -> int:
-    """The class axis."""
-    axis = _checks.logits(student_logits, _checks.class_dim(class_dim))
-    _checks.like_logits("teacher_logits", teacher_logits, student_logits)
-    _checks.mask(mask, student_logits, axis)
-    return axis
-
-
-def rows(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    """The logits, float32 at least, class axis last; uniform where masked, so that no NaN there reaches a gradient."""
-    return wide(visible(logits, axis, mask))[0]
-
-
 def visible(logits: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    """The same, in their own type."""
+    """The logits, class axis last; uniform where masked, so that no NaN there reaches a gradient."""
     x = logits if axis == logits.ndim - 1 else logits.movedim(axis, -1)
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)

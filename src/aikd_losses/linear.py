@@ -54,35 +54,27 @@ def linear_deterministic_kd(
     _checks.mask(mask, hidden, hidden.ndim - 1)
     counts = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
     classes = _checks.floating("student_weight", student_weight).shape[:1]
-    student = _head("student", hidden, student_weight, student_bias, classes, mask, counts.shape)
-    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, classes, mask, counts.shape)
+    tensors: list[Tensor] = []
+    for side, h, w, b in (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    ):
+        width = _checks.floating(f"{side}_hidden", h).shape[-1:]
+        b = h.new_zeros(classes) if b is None else b
+        for name, x, wanted, what in (
+            ("hidden", h, (*counts.shape, *width), "(*, D), * as the student's: "),
+            ("weight", w, (*classes, *width), "(C, D), C as the student's: "),
+            ("bias", b, tuple(classes), "(C,) = "),
+        ):
+            name = f"{side}_{name}"
+            _checks.shaped(name, _checks.floating(name, x), wanted, f"must have the shape {what}")
+        h = h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0.0)
+        tensors += [h.reshape(-1, *width), w, b]
     with no_autocast(hidden):
         plain, in_blocks = partial(_plain, temperature), partial(_in_blocks, temperature)
-        tensors = [*student, *(x.detach() for x in teacher), counts.flatten()]
+        tensors = [*tensors[:3], *(x.detach() for x in tensors[3:]), counts.flatten()]
         total = with_its_gradient(plain, in_blocks, 3, *tensors)
     return total / counts.sum().clamp_min(1) if reduction == "mean" else total
-
-
-def _head(
-    side: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    classes: tuple[int, ...],
-    mask: Tensor | None,
-    positions: tuple[int, ...],
-) -> list[Tensor]:
-    """Its three tensors, checked: a row a position, 0 where masked; without a bias, one of 0."""
-    width = _checks.floating(f"{side}_hidden", hidden).shape[-1:]
-    for name, x, wanted, what in (
-        (f"{side}_hidden", hidden, (*positions, *width), "(*, D), * as the student's: "),
-        (f"{side}_weight", weight, (*classes, *width), "(C, D), C as the student's: "),
-        (f"{side}_bias", bias, classes, "(C,) = "),
-    ):
-        if x is not None or name != f"{side}_bias":
-            _checks.shaped(name, _checks.floating(name, x), tuple(wanted), f"must have the shape {what}")
-    hidden = hidden if mask is None else hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return [hidden.reshape(-1, *width), weight, weight.new_zeros(classes) if bias is None else bias]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, counts: Tensor) -> Tensor:

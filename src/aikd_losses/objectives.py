@@ -38,28 +38,15 @@ class AdversarialObjective:
     paired: bool = False
 
 
-OBJECTIVES = {
-    "non_saturating": AdversarialObjective(
-        lambda teacher, student: softplus(-teacher) + softplus(student),  # -log sigmoid(D(t)) - log(1 - sigmoid(D(s)))
-        lambda student, _: softplus(-student),
-    ),
+OBJECTIVES = {  # of the scores t of the teacher's rows and s of the student's
+    # -log sigmoid(t) - log(1 - sigmoid(s))
+    "non_saturating": AdversarialObjective(lambda t, s: softplus(-t) + softplus(s), lambda s, _: softplus(-s)),
     "least_squares": AdversarialObjective(
-        lambda teacher, student: 0.5 * (teacher - 1).square() + 0.5 * student.square(),
-        lambda student, _: 0.5 * (student - 1).square(),
+        lambda t, s: 0.5 * (t - 1).square() + 0.5 * s.square(), lambda s, _: 0.5 * (s - 1).square()
     ),
-    "hinge": AdversarialObjective(
-        lambda teacher, student: (1 - teacher).relu() + (1 + student).relu(),
-        lambda student, _: -student,
-    ),
-    "wasserstein": AdversarialObjective(
-        lambda teacher, student: student - teacher,
-        lambda student, _: -student,
-    ),
-    "relativistic": AdversarialObjective(
-        lambda teacher, student: softplus(student - teacher),
-        lambda student, teacher: softplus(teacher - student),
-        paired=True,
-    ),
+    "hinge": AdversarialObjective(lambda t, s: (1 - t).relu() + (1 + s).relu(), lambda s, _: -s),
+    "wasserstein": AdversarialObjective(lambda t, s: s - t, lambda s, _: -s),
+    "relativistic": AdversarialObjective(lambda t, s: softplus(s - t), lambda s, t: softplus(t - s), paired=True),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, functional, schedules
+from ._divergences import wide
 from ._table import Table
 from .schedules import Schedule, Scheduled
 from .targets import TargetStore
@@ -16,10 +17,7 @@ from .targets import TargetStore
 EPOCHS_BEFORE_WARNING = 4  # rows that may go by between two advance_epoch, in epochs
 # Why nothing was written:
 NEVER = "call `update(student_logits, index=index)` in every training step"
-NO_IDS = (
-    "`update` had no ids, index=None. Hand them on (the Trainer of transformers drops their column: "
-    "remove_unused_columns=False)"
-)
+NO_IDS = "`update` had no ids, index=None (the Trainer of transformers drops theirs: remove_unused_columns=False)"
 BLENDED = "`update` had blended inputs alone, by their `partner_index`"
 
 
@@ -78,8 +76,7 @@ class ProgressiveKD(Scheduled):
         super().__init__()
         if isinstance(targets, type) or not isinstance(targets, TargetStore):
             raise TypeError(
-                "`targets` must be a target store, an object with the methods read(index), write(index, probs) and "
-                f"advance_epoch(); got {_checks.shown(targets)}."
+                f"`targets` must be an object with read, write and advance_epoch; got {_checks.shown(targets)}."
             )
         self.targets = targets
         self.alpha_schedule = alpha
@@ -89,7 +86,6 @@ class ProgressiveKD(Scheduled):
         self._start()
         self._rows_seen = 0  # since the last advance_epoch
         self._skipped = NEVER
-        self._warned = False
 
     def _at(self, epoch: int) -> float:
         return schedules.evaluate("alpha", self.alpha_schedule, epoch, 1.0)
@@ -114,11 +110,12 @@ class ProgressiveKD(Scheduled):
     ) -> Tensor:
         """$(1-a)$ CE + $a T^2$ CE against the row, or without `target` the second summand alone."""
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
-        previous, known = self._read(index, student_logits, axis, mask)
+        rows = student_logits.detach().movedim(axis, -1)
+        previous, known = self._read(index, rows, mask)
         if partner_index is not None:
             if index is None:
                 raise ValueError("`partner_index` blends the rows of `index`, which must be given too; got index=None.")
-            partners, partner_known = self._read(partner_index, student_logits, axis, mask)
+            partners, partner_known = self._read(partner_index, rows, mask)
             share = _checks.share("mix_lambda", mix_lambda, (len(index),), previous)
             share = share.reshape(-1, *[1] * (previous.ndim - 1))
             previous, known = share * previous + (1 - share) * partners, known & partner_known
@@ -153,13 +150,13 @@ class ProgressiveKD(Scheduled):
         """
         if not self.training:
             raise RuntimeError(
-                "`update` must not be called in eval mode: it would remember predictions of evaluation. Call `.train()` on it."
+                "`update` must not be called in eval mode: it would learn from evaluation. Call `.train()`."
             )
         axis = self._check(student_logits, mask, index=index, partner_index=partner_index)
         if index is None or partner_index is not None:
             self._skipped = NO_IDS if index is None else BLENDED
             return
-        logits = functional.rows(student_logits.detach(), axis, mask).flatten(0, -2)
+        (logits,) = wide(functional.visible(student_logits.detach(), axis, mask).flatten(0, -2))
         probs, keep = torch.softmax(logits / self.temperature, -1), functional.finite_rows(logits)
         keep = keep if mask is None else keep & mask.flatten()
         at = index.flatten()
@@ -168,21 +165,18 @@ class ProgressiveKD(Scheduled):
                 warnings.warn(
                     f"{self.targets.path!r} held rows already, and no checkpoint was loaded: in epoch 0 they are the targets, "
                     "whichever run they are of. Give each run and fold a `path` of its own.",
-                    UserWarning,
                     stacklevel=3,
                 )
             self.targets.inherited = False
             self.targets.write(at, probs, keep=keep)  # which drops rows without waiting for a GPU
         else:
             self.targets.write(at[keep.to(at.device)], probs[keep])
+        before, size = self._rows_seen, getattr(self.targets, "num_samples", math.inf)
         self._rows_seen += len(at) if mask is None else 1  # how many a mask leaves, nobody waits to know
-        size = getattr(self.targets, "num_samples", math.inf)
-        if self._rows_seen > EPOCHS_BEFORE_WARNING * size and not self._warned:
-            self._warned = True
+        if before <= EPOCHS_BEFORE_WARNING * size < self._rows_seen:
             warnings.warn(
                 f"`update` has seen {self._rows_seen} rows of a store of {size} since the last `advance_epoch`. Call "
                 "`advance_epoch()` after each epoch: alpha waits for it, and so do other ranks.",
-                UserWarning,
                 stacklevel=3,
             )
 
@@ -200,11 +194,7 @@ class ProgressiveKD(Scheduled):
         if to == int(self.epoch):
             return
         if self._rows_seen == 0:
-            warnings.warn(
-                f"`advance_epoch` was called, but nothing was written since the last time: {self._skipped}.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"Nothing was written since the last `advance_epoch`: {self._skipped}.", stacklevel=3)
         if id(self.targets) not in advanced:
             self.targets.advance_epoch()
             advanced.add(id(self.targets))
@@ -213,13 +203,12 @@ class ProgressiveKD(Scheduled):
 
     def _check(self, student_logits: Tensor, mask: Tensor | None, **ids: Tensor | None) -> int:
         """The class axis, of tensors that fit each other and the store."""
-        axis = _checks.logits(student_logits, self.class_dim)
-        _checks.mask(mask, student_logits, axis)
+        axis = _checks.logits(student_logits, self.class_dim, mask)
         classes = getattr(self.targets, "num_classes", student_logits.shape[axis])
         if student_logits.shape[axis] != classes:
+            found = tuple(student_logits.shape)
             raise ValueError(
-                f"`student_logits` must have the {classes} classes of the target store on axis {axis}; got shape "
-                f"{tuple(student_logits.shape)}."
+                f"`student_logits` must have the store's {classes} classes on axis {axis}; got shape {found}."
             )
         shape, size = _checks.positions(student_logits, axis), getattr(self.targets, "num_samples", None)
         for name, index in ids.items():
@@ -227,26 +216,20 @@ class ProgressiveKD(Scheduled):
                 _checks.sample_index(name, index, shape, size, mask)
         return axis
 
-    def _read(
-        self, index: Tensor | None, student_logits: Tensor, axis: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The stored rows, class axis last, and whether they are known, where the logits are; for None, none is."""
-        shape, classes = _checks.positions(student_logits, axis), student_logits.shape[axis]
+    def _read(self, index: Tensor | None, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stored rows in place of those of the logits, and whether they are known; for None, none is."""
+        *shape, classes = rows.shape
         if index is None:
-            none = torch.zeros(shape, dtype=torch.bool, device=student_logits.device)
-            return student_logits.new_zeros((*shape, classes)), none
+            return torch.zeros_like(rows), rows.new_zeros(shape, dtype=torch.bool)
         # What stands at masked positions may be no id.
         at = index if mask is None else index.masked_fill(~mask.to(index.device), 0)
         probs, known = self.targets.read(at.flatten())
         for what, x, wanted in (("rows", probs, (at.numel(), classes)), ("flags", known, (at.numel(),))):
             _checks.shaped("targets.read", x, wanted, f"must return {what} of shape ")
-        device = student_logits.device
-        return probs.to(device).unflatten(0, shape), known.to(device).unflatten(0, shape)
+        return probs.to(rows.device).unflatten(0, shape), known.to(rows.device).unflatten(0, shape)
 
     def extra_repr(self) -> str:
-        settings = (
-            f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
-            f"temperature={self.temperature}, reduction={self.reduction!r}, class_dim={self.class_dim}"
-        )
+        settings = f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
+        settings += _checks.settings(self, "temperature", "reduction", "class_dim")
         # A store that is a module shows itself below.
         return settings if isinstance(self.targets, nn.Module) else f"{settings}\ntargets={type(self.targets).__name__}"

@@ -27,8 +27,6 @@ class LinearRamp:
 
     >>> [LinearRamp(0.8, num_epochs=4)(epoch) for epoch in (0, 1, 3, 9)]
     [0.2, 0.4, 0.8, 0.8]
-    >>> [LinearRamp(0.0, num_epochs=4, start=0.5)(epoch) for epoch in (0, 1, 3, 9)]
-    [0.375, 0.25, 0.0, 0.0]
 
     Reference: from 0, the rule for alpha in Kim et al., PS-KD, 2021, https://arxiv.org/abs/2006.12000.
     """

@@ -137,7 +137,7 @@ def check_setup(
     for given, kind in ((model, nn.Module), (teacher, nn.Module), (optimizer, torch.optim.Optimizer)):
         if given is not None and not isinstance(given, kind):
             raise TypeError(
-                f"`model`, `teacher` and `optimizer` must be Modules and an Optimizer; got {_checks.shown(given)}."
+                f"`model`, `teacher`, `optimizer` must be Modules and an Optimizer; got {_checks.shown(given)}."
             )
     stack: Any = getattr(criterion, "_orig_mod", criterion)  # torch.compile's; there is no public name
     if not isinstance(stack, LossStack):
@@ -165,8 +165,7 @@ def _on_cpu(stack: Any, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     dims = [term.class_dim for term in stack.terms.values() if isinstance(getattr(term, "class_dim", ""), int | None)]
     try:
         logits, mask = tensors["student_logits"], tensors.get("mask")
-        axis = _checks.logits(logits, dims[0] if dims else 1)
-        _checks.mask(mask, logits, axis)
+        axis = _checks.logits(logits, dims[0] if dims else 1, mask)
         counts = torch.ones(_checks.positions(logits, axis), dtype=torch.bool) if mask is None else mask.cpu()
         given = {name: x.detach() for name, x in tensors.items() if isinstance(x, Tensor)}
         labels = {name: x for name, x in given.items() if x.dtype == torch.int64 and x.shape == counts.shape}

@@ -33,18 +33,14 @@ class _Call:
         return ", ".join(needed) + (f" [{', '.join(taken)}]" if taken else "")
 
     def pick(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        picked = {}
-        for parameter, name in self.names.items():
-            value = tensors.get(name)
-            if value is not None:
-                picked[parameter] = value
-            elif parameter == "index" and name in tensors:
-                picked[parameter] = None  # says: no ids here
-            elif parameter in self.required:
-                given = ", ".join(key for key, x in tensors.items() if x is not None) or "nothing"
+        """What is given; `index=None` is, and says that there are no ids."""
+        given = [name for name, x in tensors.items() if x is not None]
+        picked = {p: tensors[x] for p, x in self.names.items() if x in given or (p == "index" and x in tensors)}
+        for parameter in self.required:
+            if parameter not in picked:
                 raise TypeError(
-                    f"Term {self.term!r} needs `{name}`; got {given}. Pass it by name, or use the `inputs` of the stack "
-                    "to rename or withhold it."
+                    f"Term {self.term!r} needs `{self.names[parameter]}`; got {', '.join(given) or 'nothing'}. Pass it by "
+                    "name, or use the `inputs` of the stack to rename or withhold it."
                 )
         return picked
 
@@ -95,9 +91,7 @@ class LossStack(Scheduled):
     ) -> None:
         super().__init__()
         if not isinstance(terms, Mapping | nn.ModuleDict) or len(terms) == 0:
-            raise TypeError(
-                f"`terms` must be a mapping {{name: module}} with at least one term; got {_checks.shown(terms)}."
-            )
+            raise TypeError(f"`terms` must be a mapping {{name: module}}, not empty; got {_checks.shown(terms)}.")
         for name, term in terms.items():
             _check_term(name, term)
         for setting, given in (("weights", weights), ("inputs", inputs)):
@@ -128,7 +122,7 @@ class LossStack(Scheduled):
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(
-                    f"Term {name!r} must give a scalar tensor (reduction='mean' or 'sum'); got {_checks.shown(value)}."
+                    f"Term {name!r} must give a scalar (reduction='mean' or 'sum'); got {_checks.shown(value)}."
                 )
         parts = [x if name in self._on else _nothing(self.terms[name], picked[name]) for name, x in values.items()]
         home = [*(x.device for x in parts if not x.is_cpu), torch.device("cpu")][0]  # a constant may be elsewhere
@@ -184,11 +178,16 @@ class LossStack(Scheduled):
 
 def _refuse_other_axes(terms: nn.ModuleDict, picked: Mapping[str, dict[str, Any]]) -> None:
     """Torch's cross-entropy takes the classes from axis 1, whatever the `class_dim` of another term says of the same tensor."""
-    of_torch = {name: picked[name]["input"] for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)}
-    for name, logits in of_torch.items():
+    for name in [name for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)]:
         for other, given in picked.items():
             dim, x = getattr(terms[other], "class_dim", None), given.get("student_logits")
-            if x is logits and isinstance(x, Tensor) and x.ndim > 1 and dim is not None and dim % x.ndim != 1:
+            if (
+                isinstance(x, Tensor)
+                and x is picked[name]["input"]
+                and x.ndim > 1
+                and dim is not None
+                and dim % x.ndim != 1
+            ):
                 raise ValueError(
                     f"Term {name!r} takes the classes from axis 1, term {other!r} from axis {dim}. Give the first rows (N, C) "
                     f"under names of their own: inputs={{{name!r}: {{'input': 'rows', 'target': 'row_target'}}}}."
@@ -221,9 +220,7 @@ def _call(name: str, term: nn.Module, method: str, renamed: Mapping[str, str | N
     call = _Call(name, {}, [])
     for parameter, how in _parameters(term, method).items():
         if how.kind not in (how.POSITIONAL_OR_KEYWORD, how.KEYWORD_ONLY):
-            raise TypeError(
-                f"Term {name!r} must name its tensors in `{method}`, each to be passed by keyword; got `{how}`."
-            )
+            raise TypeError(f"Term {name!r} must name each tensor of `{method}`, to be passed by keyword; got `{how}`.")
         needed = how.default is how.empty
         tensor = renamed.get(parameter, "student_logits" if parameter == "input" else parameter)
         if tensor is None and needed:
@@ -247,13 +244,12 @@ def _has(term: nn.Module, method: str) -> bool:
 def _check_term(name: str, term: object) -> None:
     if not isinstance(term, nn.Module):
         raise TypeError(
-            f"Term {name!r} must be an nn.Module (an instance; call a function in its `forward`); got {_checks.shown(term)}."
+            f"Term {name!r} must be an instance of nn.Module (wrap a function in one); got {_checks.shown(term)}."
         )
     if isinstance(term, LossStack):
         raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
     if getattr(term, "reduction", None) == "none":
         raise ValueError(f"Term {name!r} must give a scalar: build it with reduction='mean' or 'sum'.")
     if isinstance(term, NOT_OF_LOGITS):
-        raise TypeError(
-            f"Term {name!r} is a {type(term).__name__}, which takes no logits: use nn.CrossEntropyLoss, or DeterministicKD."
-        )
+        instead = "use nn.CrossEntropyLoss, or DeterministicKD"
+        raise TypeError(f"Term {name!r} is a {type(term).__name__}, which takes no logits: {instead}.")

@@ -48,7 +48,7 @@ class FrozenTeacher(Carrier):
             self.model = copying.deepcopy(model) if copy else model
         except Exception as reason:
             raise TypeError(
-                f"`model` must be one that can be copied, or frozen itself, with copy=False; copying it gave: {reason}"
+                f"`model` must be copyable, or frozen itself: copy=False; copying gave: {reason}"
             ) from reason
         self.model.requires_grad_(False)
         self.model.eval()
