@@ -415,15 +415,15 @@ def test_torchs_cross_entropy_beside_classes_on_another_axis_is_refused(terms):
     """Where a sequence is as long as there are classes, it would be silently wrong."""
     s, y = torch.randn(3, C, C), torch.zeros(3, C, dtype=torch.int64)
     given = dict(student_logits=s, teacher_logits=s.flip(0), target=y, index=torch.arange(9).view(3, C))
-    stack, (name,) = LossStack({"ce": nn.CrossEntropyLoss(), **terms}), terms
-    said = f"Term 'ce' takes the classes from axis 1, term {name!r} from axis {terms[name].class_dim}. Give the first "
-    remedy = "rows (N, C) under names of their own: inputs={'ce': {'input': 'rows', 'target': 'row_target'}}."
+    ((name, term),) = copy.deepcopy(terms).items()
+    stack = LossStack({"ce": nn.CrossEntropyLoss(), name: term})
+    said = f"Term 'ce' takes axis 1 for the classes, term {name!r} axis {term.class_dim}. Give the first "
+    remedy = "rows (N, C), by names of their own: inputs={'ce': {'input': 'rows', 'target': 'row_target'}}."
     with pytest.raises(ValueError, match=f"^{re.escape(said + remedy)}$"):
         stack(**given)
     renamed = LossStack(stack.terms, inputs={"ce": {"input": "rows", "target": "row_target"}})
     total, values = renamed(**given, rows=s.flatten(0, 1), row_target=y.flatten())
     assert_close(values["ce"], -s.log_softmax(-1)[..., 0].mean())
-    rows = {key: x.flatten(0, 1) for key, x in given.items()}  # on which the axes are one
-    for term in terms.values():
-        term.class_dim = -1
-    assert_close(stack(**rows)[0], total)
+    term.class_dim = -1  # which is 1 of rows
+    rows = {key: x.flatten(0, 1) for key, x in given.items()}
+    assert_close(LossStack({"ce": nn.CrossEntropyLoss(), name: term})(**rows)[0], total)

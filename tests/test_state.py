@@ -139,8 +139,8 @@ def test_what_is_saved_are_facts_and_not_what_follows_from_them():
         "terms.progressive.targets.rows",
         "terms.progressive.targets.known",
         "terms.adversarial.discriminator.layers.0.weight",
-        "terms.adversarial.optimizer.state.layers.0.weight.exp_avg",
-        "terms.adversarial.optimizer.param_groups.0.lr",
+        "terms.adversarial.optimizer_state.layers.0.weight.exp_avg",
+        "terms.adversarial.optimizer_settings.0.lr",
     } <= set(state)
     assert state["epoch"].dtype == state["terms.progressive.epoch"].dtype == torch.int64
     assert not [name for name in state if re.search("alpha|weights|fused|amsgrad|foreach", name)]
@@ -157,11 +157,11 @@ def test_names_shapes_and_types_of_a_checkpoint_depend_on_the_settings_alone(opt
         loss.update(*torch.randn(2, 8, C))
     state = loss.state_dict()
     assert {name: (x.shape, x.dtype) for name, x in state.items()} == before
-    first = [name for name in before if name.startswith("optimizer.state.layers.0.weight.")]
+    first = [name for name in before if name.startswith("optimizer_state.layers.0.weight.")]
     moments = {"sgd": 0, "momentum": 1, "amsgrad": 4, "adagrad": 2}.get(optimizer, 3)
     assert len(first) == 1 + moments
-    assert not state["optimizer.state.layers.0.weight.started"] or optimizer == "adagrad"
-    assert state["optimizer.state.layers.2.weight.started"] == (optimizer != "sgd")
+    assert not state["optimizer_state.layers.0.weight.started"] or optimizer == "adagrad"
+    assert state["optimizer_state.layers.2.weight.started"] == (optimizer != "sgd")
 
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
@@ -266,7 +266,7 @@ def test_numbers_of_an_optimizer_are_saved_and_its_switches_are_not():
     saved.optimizer.param_groups[0].update(
         lr=np.float64(0.01), betas=(np.float32(0.5), 0.75), weight_decay=np.int64(3), foreach=True
     )
-    assert saved.state_dict()["optimizer.param_groups.0.betas"].tolist() == [0.5, 0.75]
+    assert saved.state_dict()["optimizer_settings.0.betas"].tolist() == [0.5, 0.75]
     own.load_state_dict(saved.state_dict())
     (group,) = own.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.5, 0.75), 3)
@@ -277,7 +277,7 @@ def test_numbers_of_an_optimizer_are_saved_and_its_switches_are_not():
     assert group["weight_decay"] == 0.5
     tensors = adversarial("tensors")
     rate = tensors.optimizer.param_groups[0]["lr"]
-    tensors.load_state_dict({**tensors.state_dict(), "optimizer.param_groups.0.lr": torch.tensor(0.5).double()})
+    tensors.load_state_dict({**tensors.state_dict(), "optimizer_settings.0.lr": torch.tensor(0.5).double()})
     assert rate == 0.5  # in place, where a captured step would look
 
 
@@ -307,8 +307,8 @@ def put(x, value):
     return x
 
 
-MOMENT, SQUARES, STEP = (f"optimizer.state.layers.2.weight.{name}" for name in ("exp_avg", "exp_avg_sq", "step"))
-RATE, BETAS, WEIGHT = "optimizer.param_groups.0.lr", "optimizer.param_groups.0.betas", "discriminator.layers.0.weight"
+MOMENT, SQUARES, STEP = (f"optimizer_state.layers.2.weight.{name}" for name in ("exp_avg", "exp_avg_sq", "step"))
+RATE, BETAS, WEIGHT = "optimizer_settings.0.lr", "optimizer_settings.0.betas", "discriminator.layers.0.weight"
 NOT_NEGATIVE = "must be finite and not negative; got -"
 WRONG = [  # what of a state, what is done to it, and what is said
     (MOMENT, lambda x: x[..., :3], r"is torch.float32 of shape \(1, 3\); here it is torch.float32 of shape \(1, 8\)"),
@@ -339,7 +339,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(optimizer, key
         each.update(*torch.randn(2, 8, C))
     before, groups = copy.deepcopy(loss.state_dict()), copy.deepcopy(loss.optimizer.state_dict())
     state = {**saved.state_dict(), key: wrong(saved.state_dict()[key])}
-    part = {name: x for name, x in state.items() if name.split(".")[0] == key.split(".")[0]}
+    part = {name: x for name, x in state.items() if name[:9] == key[:9]}
     for given, strict in ((state, True), (state, False), (part, False)):
         with pytest.raises(RuntimeError, match=f"`{key}` in the checkpoint {message}"):
             loss.load_state_dict(given, strict=strict)
@@ -383,8 +383,8 @@ def test_what_only_one_of_checkpoint_and_object_has_is_named():
     more = {**loss.state_dict(), "discriminator.label": torch.zeros(1)}
     for into, state, said in (
         (loss, more, r'Unexpected key\(s\) in state_dict: "discriminator.label".'),
-        (none, loss.state_dict(), r'Unexpected key\(s\) in state_dict: "optimizer.state.layers.0.weight.'),
-        (loss, none.state_dict(), r'Missing key\(s\) in state_dict: "optimizer.state.layers.0.weight.'),
+        (none, loss.state_dict(), r'Unexpected key\(s\) in state_dict: "optimizer_state.layers.0.weight.'),
+        (loss, none.state_dict(), r'Missing key\(s\) in state_dict: "optimizer_state.layers.0.weight.'),
     ):
         with pytest.raises(RuntimeError, match=said):
             into.load_state_dict(state)
@@ -761,11 +761,10 @@ def test_a_frozen_teacher_has_the_attributes_of_its_model_to_be_read():
     teacher = FrozenTeacher(model)
     for other in (teacher, copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
         assert other.config == model.config
-        assert other.append.__self__ is other.model  # a method of nn.Sequential
-    for missing in ("_private", "nothing"):
+    for missing in ("append", "_private", "device"):  # a method of nn.Sequential; what is not there either
         with pytest.raises(AttributeError, match=missing):
             getattr(teacher, missing)
-    with pytest.raises(AttributeError, match=r"`config` is the model's and read-only here. Set it on `\.model`\."):
+    with pytest.raises(AttributeError, match="config"):
         teacher.config = None
     teacher.mine = 1
     teacher.forward = teacher.model.forward  # as Accelerate does

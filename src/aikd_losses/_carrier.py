@@ -68,10 +68,10 @@ class Carrier(nn.Module):
         destination.update({prefix + name: x for name, x in self._own_state().items()})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._refuse_misfit(state_dict, "", strict)  # whose strictness is not told below
+        if isinstance(state_dict, Mapping):  # what is none torch refuses
+            self._refuse_misfit(state_dict, "", strict)  # whose strictness is not told below
         return super().load_state_dict(state_dict, strict, assign)
 
-    @torch.inference_mode(False)  # in which a tensor that is made could never be changed again
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._refuse_misfit(state_dict, prefix, False)
         own = self._own_state()
@@ -87,11 +87,13 @@ class Carrier(nn.Module):
 
     def _refuse_misfit(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
         """Of a checkpoint that does not fit this object or one inside it nothing is loaded."""
-        misfits, own = [], dict[str, Any]()
+        misfits, own, theirs = [], dict[str, Any](), []
         for name, module in self.named_modules(None, prefix[:-1], False):
             at, here = name and f"{name}.", dict[str, Any]()
             module._save_to_state_dict(here, at, False)
             own |= here
+            if not isinstance(module, Carrier) and not type(module).__module__.startswith(("aikd_losses.", "torch.")):
+                theirs.append(at)  # the user's, who may have hooks that rename
             if isinstance(module, Carrier):
                 # None: what would be there with other settings, and without which the rest would be taken for what it is not.
                 here = {at + key: None for key in module._saved} | here
@@ -99,7 +101,7 @@ class Carrier(nn.Module):
                 f"`{key}` in the checkpoint is {_kind(state_dict[key])}; here it is {_kind(x)}. Build this object with the "
                 "settings it was saved with."
                 for key, x in here.items()
-                if key in state_dict and not _fits(state_dict[key], x, isinstance(module, Carrier))
+                if key in state_dict and not _fits(state_dict[key], x, module)
             ]
             misfits += wrong
             if isinstance(module, Carrier) and not wrong:
@@ -111,17 +113,19 @@ class Carrier(nn.Module):
                 except (ValueError, TypeError) as error:
                     misfits.append(f"{name or type(self).__name__}: {error}")
         for what, wanted, found in (("Missing", own, state_dict), ("Unexpected", state_dict, own)):
-            keys = ", ".join(f'"{key}"' for key in wanted if key not in found)
+            keys = ", ".join(f'"{x}"' for x in wanted if x not in found and not x.startswith(tuple(theirs)))
             misfits += [f"{what} key(s) in state_dict: {keys}."] if strict and keys else []
         if misfits:
             whose = f"Error(s) in loading state_dict for {type(self).__name__}:\n\t"
             raise RuntimeError(whose + "\n\t".join(misfits))
 
 
-def _fits(saved: object, own: object, exactly: bool) -> bool:
+def _fits(saved: object, own: object, module: nn.Module) -> bool:
     """Whether it can be loaded. Of the user's modules torch asks for the shape alone, and would find out after ours."""
-    if exactly:
+    if isinstance(module, Carrier):
         return _kind(saved) == _kind(own)
+    if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict:  # or the module does
+        return True
     return not isinstance(own, Tensor) or is_lazy(own) or getattr(saved, "shape", None) == own.shape
 
 

@@ -1,4 +1,9 @@
-"""The divergences of `DeterministicKD`, of p (from the teacher's logits t) and q (from the student's, s), and cross-entropy.
+r"""The divergences of two softmax distributions and cross-entropy, a value a row, in plain torch.
+
+With $p = \mathrm{softmax}(t/T)$ and $q = \mathrm{softmax}(s/T)$, the teacher's and the student's side:
+
+$$\mathrm{KL}(p \,\|\, q) = \sum p\,(\log p - \log q), \qquad \mathrm{KL}(q \,\|\, p) = \sum q\,(\log q - \log p)$$
+$$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\, m), \qquad m = \beta p + (1-\beta) q$$
 
 Where the sides are near each other, as they are where T is large, the summands nearly cancel, and float32 has no digit left. So
 divergences are computed in float64, on every device that has it. Classes are on the last axis; a value is float32 at least.
@@ -57,7 +62,7 @@ def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor
     log_q = torch.log_softmax(s / temperature, -1)
     if target.is_floating_point():
         target = target.to(log_q.dtype)
-        return -(temperature**2) * (target * log_q.masked_fill(target == 0, 0.0)).sum(-1)
+        return -(temperature**2) * (target * log_q.masked_fill((target == 0) & (log_q == -math.inf), 0.0)).sum(-1)
     return -(temperature**2) * log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 

@@ -2,9 +2,9 @@
 
 The optimizer travels as tensors that exist from the start, so that names, shapes and types depend on the settings alone:
 
-    optimizer.state.<parameter>.started   whether it was ever stepped: no state is not the same as one of zeros
-    optimizer.state.<parameter>.<name>    what the optimizer keeps of it
-    optimizer.param_groups.<i>.<name>     a group's numbers, float64; switches (fused, amsgrad, ...) stay this object's own
+    optimizer_state.<parameter>.started   whether it was ever stepped: no state is not the same as one of zeros
+    optimizer_state.<parameter>.<name>    what the optimizer keeps of it
+    optimizer_settings.<i>.<name>         a group's numbers, float64; switches (fused, amsgrad, ...) stay this object's own
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ from ._ranks import Ranks
 NOT_NEGATIVE = ("lr", "betas", "eps", "weight_decay", "momentum", "step", "exp_avg_sq")
 
 
+class _Path:
+    """Every attribute of it is it again: `torch.distributed.checkpoint` follows the names in a `state_dict` through objects."""
+
+    def __getattr__(self, name: str) -> _Path:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
 class Owner(Carrier):
     """Carries a `discriminator` and the `optimizer` that holds exactly its parameters, if there is one."""
 
     _carried: ClassVar[tuple[str, ...]] = ("discriminator",)
     _saved = ("discriminator",)
     discriminator: nn.Module
+    optimizer_state = optimizer_settings = _Path()
 
     def __init__(
         self, discriminator: nn.Module, optimizer: Optimizer | None, process_group: dist.ProcessGroup | None
@@ -85,11 +95,11 @@ class Owner(Carrier):
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
             kept = {"started": torch.tensor(bool(state), device="cpu"), **(state or twin.state[p])}
-            found |= {f"optimizer.state.{name}.{key}": x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
+            found |= {f"optimizer_state.{name}.{key}": x.detach() for key, x in kept.items() if isinstance(x, Tensor)}
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
                 value = torch.as_tensor(group[key], dtype=torch.float64, device="cpu")
-                found[f"optimizer.param_groups.{i}.{key}"] = value
+                found[f"optimizer_settings.{i}.{key}"] = value
         return found
 
     def _check_load(self, saved: Mapping[str, Tensor]) -> None:
@@ -97,21 +107,22 @@ class Owner(Carrier):
             name = key.rpartition(".")[2]
             low, wanted = (0.0, "finite and not negative") if name in NOT_NEGATIVE else (-torch.inf, "finite")
             high, wanted = (1.0, "at least 0 and below 1") if name == "betas" else (torch.inf, wanted)
-            if key.startswith("optimizer.") and not bool((x.isfinite() & (x >= low) & (x < high)).all()):
+            if not bool((x.isfinite() & (x >= low) & (x < high)).all()):
                 raise ValueError(f"`{key}` in the checkpoint must be {wanted}; got {x.min():g} to {x.max():g}.")
 
+    @torch.inference_mode(False)  # in which a tensor that is made could never be changed again
     def _fill(self, saved: Mapping[str, Tensor]) -> None:
         if self.optimizer is None:
             return
         for name, p in self.discriminator.named_parameters():
-            prefix = f"optimizer.state.{name}."
+            prefix = f"optimizer_state.{name}."
             state = {key.removeprefix(prefix): x.detach().clone() for key, x in saved.items() if key.startswith(prefix)}
             self.optimizer.state.pop(p, None)
             if state.pop("started"):
                 self.optimizer.state[p] = state
         for i, group in enumerate(self.optimizer.param_groups):
             for key in _numbers(self.optimizer):
-                x = saved[f"optimizer.param_groups.{i}.{key}"]
+                x = saved[f"optimizer_settings.{i}.{key}"]
                 if isinstance(group[key], Tensor):
                     group[key].copy_(x)  # in place, where a captured step looks
                 else:

@@ -55,7 +55,7 @@ class AdversarialDistributionLoss(Owner):
     the class axis; `condition`: that without the class axis, and any further axes. Each position is shown to the
     discriminator as a row. Returns a scalar or, with `"none"`, a value a position.
 
-    State: the discriminator and its optimizer (`optimizer.*`) are in `state_dict()`, but not in `parameters()`, `buffers()`
+    State: the discriminator and its optimizer (`optimizer_*`) are in `state_dict()`, but not in `parameters()`, `buffers()`
     or `modules()`, where a student's optimizer or a wrapper would find them. `update` alone changes them. Under
     `torch.distributed` the first `update` takes rank 0's discriminator, and every `update` the gradient of all ranks' rows.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 
 class IndexedDataset(Dataset[Any]):
@@ -29,10 +29,7 @@ class IndexedDataset(Dataset[Any]):
                 "`dataset` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
                 f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide.md."
             )
-        whole = dataset
-        while isinstance(whole, Subset):
-            whole = whole.dataset
-        if isinstance(whole, IndexedDataset):
+        if _is_indexed(dataset):
             raise TypeError(
                 "`dataset` must not be indexed already, nor a part of one that is. Split first, then index."
             )
@@ -44,10 +41,14 @@ class IndexedDataset(Dataset[Any]):
         return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "dataset":
+        own = "dataset" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name)
+        if own or not hasattr(self.dataset, name):
             super().__setattr__(name, value)
         else:
             setattr(self.dataset, name, value)
+
+    def __add__(self, other: Any) -> Any:
+        raise TypeError("Join data sets first, then index: in indexed ones that are joined ids repeat.")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,6 +62,12 @@ class IndexedDataset(Dataset[Any]):
         at = [range(len(self))[i] for i in indices]
         fetch = getattr(self.dataset, "__getitems__", lambda at: [self.dataset[i] for i in at])
         return [_with_index(item, i) for item, i in zip(fetch(at), at, strict=True)]
+
+
+def _is_indexed(dataset: object) -> bool:
+    parts = [dataset.dataset] if isinstance(dataset, Subset) else []
+    parts += dataset.datasets if isinstance(dataset, ConcatDataset) else []
+    return isinstance(dataset, IndexedDataset) or any(map(_is_indexed, parts))
 
 
 def _with_index(item: Any, i: int) -> Any:

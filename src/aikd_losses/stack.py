@@ -25,6 +25,7 @@ class _Call:
     term: str
     names: dict[str, str]
     required: list[str]
+    axes: dict[str, int]  # of torch's cross-entropy: where other terms have the classes of its tensor
 
     def shown(self) -> str:
         """The names of the tensors that are needed, and in brackets those that may be left out."""
@@ -41,6 +42,13 @@ class _Call:
                 raise TypeError(
                     f"Term {self.term!r} needs `{self.names[parameter]}`; got {', '.join(given) or 'nothing'}. Pass it by "
                     "name, or use the `inputs` of the stack to rename or withhold it."
+                )
+        for other, dim in self.axes.items():
+            axes = getattr(picked["input"], "ndim", 0)
+            if axes > 1 and dim % axes != 1:
+                raise ValueError(
+                    f"Term {self.term!r} takes axis 1 for the classes, term {other!r} axis {dim}. Give the first rows (N, C), "
+                    f"by names of their own: inputs={{{self.term!r}: {{'input': 'rows', 'target': 'row_target'}}}}."
                 )
         return picked
 
@@ -111,20 +119,22 @@ class LossStack(Scheduled):
 
     def _enter(self, epoch: int, now: Tensor) -> None:
         super()._enter(epoch, now)
-        self._on = [name for name, weight in zip(self.weights, now.tolist(), strict=True) if weight != 0]
+        self._on = [name for name, weight in zip(self.weights, now.float().tolist(), strict=True) if weight != 0]
 
     def forward(self, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term's own value, unweighted and detached."""
         self._refuse_unknown(tensors)
         picked = {name: call.pick(tensors) for name, call in self._calls["forward"].items()}
-        _refuse_other_axes(self.terms, picked)
         values = {name: self.terms[name](**given) for name, given in picked.items()}
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim:
                 raise ValueError(
                     f"Term {name!r} must give a scalar (reduction='mean' or 'sum'); got {_checks.shown(value)}."
                 )
-        parts = [x if name in self._on else _nothing(self.terms[name], picked[name]) for name, x in values.items()]
+        parts = [
+            x if name in self._on else _nothing(x, [picked[name], *self.terms[name].parameters()])
+            for name, x in values.items()
+        ]
         home = [*(x.device for x in parts if not x.is_cpu), torch.device("cpu")][0]  # a constant may be elsewhere
         of_terms = torch.stack([x.to(home) for x in wide(*parts)])
         return (self._now.to(of_terms) * of_terms).sum(), {name: value.detach() for name, value in values.items()}
@@ -176,28 +186,15 @@ class LossStack(Scheduled):
         return "\n".join(lines + ([f"inputs={self.inputs}"] if self.inputs else []))
 
 
-def _refuse_other_axes(terms: nn.ModuleDict, picked: Mapping[str, dict[str, Any]]) -> None:
-    """Torch's cross-entropy takes the classes from axis 1, whatever the `class_dim` of another term says of the same tensor."""
-    for name in [name for name, term in terms.items() if isinstance(term, nn.CrossEntropyLoss)]:
-        for other, given in picked.items():
-            dim, x = getattr(terms[other], "class_dim", None), given.get("student_logits")
-            if (
-                isinstance(x, Tensor)
-                and x is picked[name]["input"]
-                and x.ndim > 1
-                and dim is not None
-                and dim % x.ndim != 1
-            ):
-                raise ValueError(
-                    f"Term {name!r} takes the classes from axis 1, term {other!r} from axis {dim}. Give the first rows (N, C) "
-                    f"under names of their own: inputs={{{name!r}: {{'input': 'rows', 'target': 'row_target'}}}}."
-                )
-
-
-def _nothing(term: nn.Module, given: Mapping[str, Any]) -> Tensor:
+def _nothing(value: Tensor, given: Any) -> Tensor:
     """0, with a graph to what the term would have reached: not 0 * its value, which is NaN where the value is not finite."""
-    reached = [x for x in (*given.values(), *term.parameters()) if isinstance(x, Tensor) and x.is_floating_point()]
-    return sum((x.expand(0, *x.shape).sum() for x in reached), torch.zeros(()))
+    if isinstance(given, Mapping | list | tuple):
+        parts = given.values() if isinstance(given, Mapping) else given
+        return sum((_nothing(value, part) for part in parts), torch.zeros((), device=value.device))
+    if not isinstance(given, Tensor) or not given.requires_grad:
+        return torch.zeros((), device=value.device)
+    local = given.to_local() if hasattr(given, "to_local") else given  # of a sharded parameter
+    return local.expand(0, *local.shape).sum()
 
 
 def _calls_of(terms: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, _Call]]:
@@ -210,14 +207,20 @@ def _calls_of(terms: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, 
                     f"`inputs[{name!r}]` must give parameters of the term, {', '.join(known)}, the name of a tensor or None; "
                     f"got {_checks.shown(parameter)}: {_checks.shown(tensor)}."
                 )
-    return {
+    calls = {
         method: {name: _call(name, x, method, inputs.get(name, {})) for name, x in terms.items() if _has(x, method)}
         for method in ("forward", "update")
     }
+    for name in [name for name, x in terms.items() if type(x) is nn.CrossEntropyLoss]:
+        for other, call in calls["forward"].items():
+            dim, same = getattr(terms[other], "class_dim", None), calls["forward"][name].names["input"]
+            if isinstance(dim, int) and call.names.get("student_logits") == same:
+                calls["forward"][name].axes[other] = dim
+    return calls
 
 
 def _call(name: str, term: nn.Module, method: str, renamed: Mapping[str, str | None]) -> _Call:
-    call = _Call(name, {}, [])
+    call = _Call(name, {}, [], {})
     for parameter, how in _parameters(term, method).items():
         if how.kind not in (how.POSITIONAL_OR_KEYWORD, how.KEYWORD_ONLY):
             raise TypeError(f"Term {name!r} must name each tensor of `{method}`, to be passed by keyword; got `{how}`.")

@@ -9,6 +9,10 @@ from torch import nn
 from ._carrier import Carrier
 
 
+def _of_model(name: str) -> Any:
+    return property(lambda teacher: getattr(teacher._asleep(), name))
+
+
 class FrozenTeacher(Carrier):
     r"""A model that stays as it is: in eval mode for ever, without gradients, out of everybody's `parameters()`.
 
@@ -23,8 +27,8 @@ class FrozenTeacher(Carrier):
 
     Shape: whatever the model takes and returns.
 
-    State: none: the weights have a checkpoint of their own. The model's attributes (`config`, `generate`) are found here
-    too, read-only.
+    State: none: the weights have a checkpoint of their own. The model's `config`, `device`, `dtype` and `generate` are
+    found here too, read-only.
 
     Raises: `TypeError` for a model that is no `nn.Module`, is a wrapper, or cannot be copied.
 
@@ -59,24 +63,18 @@ class FrozenTeacher(Carrier):
         self.model.eval()
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, without a graph."""
+    def _asleep(self) -> nn.Module:
         if self.model.training:  # woken from outside, which copy=False makes possible
             self.model.eval()
+        return self.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, without a graph."""
         with torch.no_grad():
-            return self.model(*args, **kwargs)
+            return self._asleep()(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        """The model's attributes are found here, but not what is private to it or to a wrapper around it."""
-        if name.startswith("_") or name in self._carried:
-            return super().__getattr__(name)
-        return getattr(self.model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or "model" not in self.__dict__
-        if not own and hasattr(self.model, name):
-            raise AttributeError(f"`{name}` is the model's and read-only here. Set it on `.model`.")
-        super().__setattr__(name, value)
+    # No others: what frameworks find here they take for this module's, and initialise, tie or switch it.
+    config, device, dtype, generate = map(_of_model, ("config", "device", "dtype", "generate"))
 
     def extra_repr(self) -> str:
         return type(self.model).__name__
