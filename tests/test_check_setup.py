@@ -482,3 +482,12 @@ def test_gradients_that_half_precision_cannot_hold_are_measured():
     report = check_setup(nn.CrossEntropyLoss(), student_logits=logits, target=target)
     assert report.ok, report
     assert report.terms[0].ratio == pytest.approx(1.0, rel=1e-2)
+
+
+def test_what_the_stack_refuses_is_found():
+    stack = LossStack({"ce": nn.CrossEntropyLoss(), "kd": DeterministicKD(class_dim=-1)})
+    s = torch.randn(2, C, C, requires_grad=True)
+    report = check_setup(stack, student_logits=s, teacher_logits=torch.randn(2, C, C), target=torch.zeros(2, C).long())
+    (found,) = report.findings
+    assert (found.severity, found.where) == ("error", "ce")
+    assert found.message.startswith("its call fails: Term 'ce' takes axis 1 for the classes, term 'kd' axis -1.")

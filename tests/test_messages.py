@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 import aikd_losses
 from aikd_losses import (
@@ -373,7 +373,8 @@ WRONG = {
     }
     | {
         "TypeError: `{name}` must not be indexed already, nor a part of one that is. Split first, then index.": [
-            *(IndexedDataset([1]), Subset(Subset(IndexedDataset([1]), [0]), [0]))
+            *(IndexedDataset([1]), Subset(Subset(IndexedDataset([1]), [0]), [0])),
+            ConcatDataset([IndexedDataset([1]), [2]]),
         ]
     },
     "terms": {

@@ -264,6 +264,25 @@ def test_the_data_set_is_seen_and_set_through_its_index():
     assert indexed[0] == (5, 0)
 
 
+def test_a_data_set_of_ones_own_keeps_its_attributes_to_itself():
+    class Views(IndexedDataset):
+        shown = 1
+
+        def __init__(self, data, views):
+            self.early = 0
+            super().__init__(data)
+            self.views, self._lock = views, None
+
+    data = TensorDataset(torch.arange(4))
+    a, b = Views(data, 1), Views(data, 2)
+    a.shown = 3
+    assert (a.views, a.shown, a.early, a._lock) == (1, 3, 0, None)
+    assert (b.views, b.shown) == (2, 1)
+    assert not hasattr(data, "views")
+    with pytest.raises(TypeError, match=r"^Join data sets first, then index"):
+        a + b
+
+
 def test_every_loader_hands_out_the_ids_as_int64():
     pairs = TensorDataset(torch.arange(10), torch.arange(10))
     split, _ = random_split(pairs, [6, 4])
@@ -400,6 +419,26 @@ def test_a_term_of_weight_0_adds_nothing_to_value_or_gradient(given, poison, wei
         assert not (total.isfinite() and found.isfinite().all())
 
 
+def test_what_a_term_of_weight_0_is_given_in_a_list_is_reached_too(given):
+    """Under DDP a head whose logits nobody's gradient reaches would be waited for; and what has no gradient is left alone."""
+
+    class Deep(nn.Module):
+        def forward(self, heads, graph=None):
+            return sum(x.square().sum() for x in [*heads["inner"], heads["last"]])
+
+    s, (a, b, c) = given["student_logits"].requires_grad_(), torch.randn(3, N, C, requires_grad=True).unbind()
+    stack = LossStack({"ce": nn.CrossEntropyLoss(), "deep": Deep()}, weights={"deep": 0.0})
+    adjacency = torch.eye(3).to_sparse()  # which cannot be expanded
+    total, _ = stack(student_logits=s, target=given["target"], heads={"inner": [a, (b)], "last": c}, graph=adjacency)
+    assert all(not slope.any() for slope in torch.autograd.grad(total, [a, b, c]))
+
+
+def test_a_weight_that_float32_rounds_to_0_is_0():
+    infinite = Constant(torch.tensor(torch.inf))
+    stack = LossStack({"one": Constant(torch.tensor(1.0)), "x": infinite}, weights={"x": 1e-50})
+    assert stack(student_logits=torch.zeros(1, 2))[0] == 1
+
+
 def test_terms_that_all_have_weight_0_give_0_with_a_graph(given):
     s = given["student_logits"].requires_grad_()
     total, values = LossStack({"kd": DeterministicKD()}, weights={"kd": 0.0})(**given)
@@ -427,3 +466,14 @@ def test_torchs_cross_entropy_beside_classes_on_another_axis_is_refused(terms):
     term.class_dim = -1  # which is 1 of rows
     rows = {key: x.flatten(0, 1) for key, x in given.items()}
     assert_close(LossStack({"ce": nn.CrossEntropyLoss(), name: term})(**rows)[0], total)
+
+
+@pytest.mark.parametrize("permutes", [lambda x: x.transpose(1, 2), lambda x: x.transpose(1, -1)])
+def test_a_cross_entropy_of_ones_own_may_have_any_axis(permutes):
+    class Own(nn.CrossEntropyLoss):
+        def forward(self, student_logits, target):
+            return super().forward(permutes(student_logits), target)
+
+    s, y = torch.randn(2, 5, C), torch.zeros(2, 5, dtype=torch.int64)
+    stack = LossStack({"ce": Own(), "kd": DeterministicKD(class_dim=-1)})
+    assert_close(stack(student_logits=s, teacher_logits=s, target=y)[0], -s.log_softmax(-1)[..., 0].mean())

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 
@@ -417,6 +418,68 @@ def test_what_torch_alone_would_find_too_late_is_found_before_anything_is_loaded
     assert same(stack.state_dict(), before)
 
 
+def test_a_term_that_changes_its_own_keys_is_loaded_as_torch_loads_it():
+    class Frozen(nn.Module):
+        """Whose network is not saved, and whose scale had another name and shape once."""
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = nn.Linear(C, C), nn.Parameter(torch.ones(()))
+            self.register_state_dict_post_hook(self.without_net)
+            self.register_load_state_dict_pre_hook(self.from_old)
+            self.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+
+        @staticmethod
+        def without_net(module, state, at, metadata):
+            for name in [name for name in state if "net." in name]:
+                del state[name]
+
+        @staticmethod
+        def from_old(module, state, at, *others):
+            if f"{at}old" in state:
+                state[f"{at}scale"] = state.pop(f"{at}old").view(())
+
+        def forward(self, student_logits):
+            return self.net(student_logits).mean() * self.scale
+
+    stack = LossStack({"own": Frozen(), "p": progressive()})
+    state = stack.state_dict()
+    stack.load_state_dict(state)
+    state["terms.own.old"] = 3 * state.pop("terms.own.scale").view(1)
+    stack.load_state_dict(state)
+    assert stack.terms["own"].scale == 3
+
+
+@pytest.mark.parametrize("given", [None, 3, "path.pt", [1]])
+def test_what_is_no_checkpoint_is_refused_as_torch_does(given):
+    with pytest.raises(TypeError, match="state_dict to be dict-like"):
+        build().load_state_dict(given)
+
+
+def test_torch_follows_the_names_of_a_checkpoint():
+    """The way of FSDP2, by `get_model_state_dict`, which looks every name up in the module."""
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.criterion = nn.Linear(4, C), build()
+
+    whole, fresh = Whole(), Whole()
+    whole.criterion.update(student_logits=torch.randn(2, C), teacher_logits=torch.randn(2, C), index=torch.arange(2))
+    state = get_model_state_dict(whole)
+    assert state.keys() == whole.state_dict().keys()
+    set_model_state_dict(fresh, state)
+    assert same(fresh.state_dict(), whole.state_dict())
+
+
+def test_a_criterion_that_is_made_in_inference_mode_is_loaded_there():
+    saved = build().state_dict()
+    with torch.inference_mode():
+        criterion = build()
+        criterion.load_state_dict(saved)
+    assert same(criterion.state_dict(), saved)
+
+
 def test_a_lazy_term_takes_the_shapes_of_the_checkpoint():
     class Lazy(nn.Module):
         def __init__(self):
@@ -761,7 +824,8 @@ def test_a_frozen_teacher_has_the_attributes_of_its_model_to_be_read():
     teacher = FrozenTeacher(model)
     for other in (teacher, copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
         assert other.config == model.config
-    for missing in ("append", "_private", "device"):  # a method of nn.Sequential; what is not there either
+    model.reset_parameters = lambda: None
+    for missing in ("reset_parameters", "0", "append", "_private", "device"):  # or an initialisation would find them
         with pytest.raises(AttributeError, match=missing):
             getattr(teacher, missing)
     with pytest.raises(AttributeError, match="config"):

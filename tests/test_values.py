@@ -257,3 +257,14 @@ def test_a_label_must_be_one_where_it_counts_whatever_its_share(alpha, class_dim
         torch.func.grad(loss)(s) if transformed else loss(s)
     clean = progressive_kd(s[mask], s[mask].softmax(-1), y[mask], alpha=alpha)
     assert_close(loss(s, mask=mask), clean)
+
+
+def test_labels_that_are_learned_have_their_gradient_where_they_are_0_too():
+    s = torch.randn(2, 4)
+    s[:, 3] = -torch.inf  # a class that neither side has counts nothing, and not 0 * inf
+    y = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]], requires_grad=True)
+    value = progressive_kd(s, y.detach(), y, alpha=0.0)
+    assert_close(value, F.cross_entropy(s[:, :3], y[:, :3]))
+    (found,) = torch.autograd.grad(value, y)
+    assert_close(found[:, :3], -s.log_softmax(-1)[:, :3] / 2)
+    assert not found[:, 3].any()

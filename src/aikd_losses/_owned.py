@@ -30,7 +30,7 @@ class _Path:
     """Every attribute of it is it again: `torch.distributed.checkpoint` follows the names in a `state_dict` through objects."""
 
     def __getattr__(self, name: str) -> _Path:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         return self
 
