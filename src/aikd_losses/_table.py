@@ -211,7 +211,7 @@ class Table(Carrier):
         """A copy of its own, in memory: two objects that write one file would not be copies."""
         self.check_whole()
         clone = memo[id(self)] = self.__class__.__new__(self.__class__)
-        clone.__dict__.update(copy.deepcopy({**self.__dict__, "path": None, "_file": None}, memo))
+        clone.__dict__.update(copy.deepcopy({**self.__dict__, "path": None, "_file": None, "inherited": False}, memo))
         return clone
 
     def extra_repr(self) -> str:
