@@ -10,30 +10,30 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_345, 2_210  # of all files
+LINES, CODE = 3_234, 2_122  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
-    "_carrier.py": 147,
-    "_checks.py": 250,
-    "_divergences.py": 79,
+    "_carrier.py": 143,
+    "_checks.py": 252,
+    "_divergences.py": 74,
     "_file.py": 130,
-    "_fused.py": 172,
-    "_owned.py": 157,
+    "_fused.py": 167,
+    "_owned.py": 148,
     "_ranks.py": 82,
-    "_table.py": 224,
+    "_table.py": 219,
     "adversarial.py": 260,
-    "aikd.py": 128,
+    "aikd.py": 123,
     "data.py": 73,
-    "deterministic.py": 91,
+    "deterministic.py": 88,
     "discriminators.py": 50,
-    "functional.py": 137,
-    "linear.py": 115,
-    "objectives.py": 137,
-    "progressive.py": 252,
-    "schedules.py": 101,
-    "setup_check.py": 260,
-    "stack.py": 259,
+    "functional.py": 108,
+    "linear.py": 107,
+    "objectives.py": 124,
+    "progressive.py": 235,
+    "schedules.py": 99,
+    "setup_check.py": 259,
+    "stack.py": 255,
     "targets.py": 119,
     "teacher.py": 82,
 }
