@@ -54,7 +54,7 @@ def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1
 
 
 def choice(name: str, value: T, options: Collection[T]) -> T:
-    if not isinstance(value, str | torch.dtype) or value not in options:
+    if not isinstance(value, (str, torch.dtype)) or value not in options:  # no union, for dynamo of torch 2.6
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, options))}; got {shown(value)}.")
     return value
 
