@@ -62,7 +62,7 @@ class Scheduled(Carrier):
 
     def _at(self, epoch: int) -> float | list[float]:
         """The settings of an epoch."""
-        raise NotImplementedError
+        raise NotImplementedError  # pragma: no cover (each has its own)
 
     def _next(self, epoch: int | None) -> tuple[int, Tensor]:
         """That epoch, or the one after this one, and the settings of it; either may be refused."""

@@ -188,7 +188,7 @@ class LossStack(Scheduled):
 
 def _nothing(value: Tensor, given: Any) -> Tensor:
     """0, with a graph to what the term would have reached: not 0 * its value, which is NaN where the value is not finite."""
-    if isinstance(given, Mapping | list | tuple):
+    if isinstance(given, (Mapping, list, tuple)):
         parts = given.values() if isinstance(given, Mapping) else given
         return sum((_nothing(value, part) for part in parts), torch.zeros((), device=value.device))
     if not isinstance(given, Tensor) or not given.requires_grad:
