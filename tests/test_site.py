@@ -117,7 +117,10 @@ def test_every_public_name_and_method_is_in_the_reference_and_examples_are_code(
         thing = getattr(aikd_losses, name.split(".")[1])
         methods = inspect.getmembers(thing, inspect.isfunction) if inspect.isclass(thing) else ()
         ours = {x for x, y in methods if y.__module__.startswith("aikd_losses.") and not x.startswith("_")}
-        names += [f"{name}.{method}" for method in ours - {"extra_repr", "train", "state_dict", "load_state_dict", "check_whole"}]
+        names += [
+            f"{name}.{method}"
+            for method in ours - {"extra_repr", "train", "state_dict", "load_state_dict", "check_whole"}
+        ]
     names[names.index("aikd_losses.AIKDLoss.forward")] = "aikd_losses.AIKDLoss.__call__"
     assert set(names) - reference.anchors == set()
     _, call, *_ = re.split(r'id="aikd_losses\.AIKDLoss\.(?:__call__|update)"', reference.text)
