@@ -161,7 +161,7 @@ class Resumable(DataLoader):
 
 def lightning_run(folder, *callbacks, epochs=3, resume=None, loader=DataLoader, **trainer):
     """The example's module, three steps an epoch; what it was like in each step, and the cross-entropy of each validation."""
-    import lightning
+    lightning = pytest.importorskip("lightning")
     from _loops import new_model, test_set, train_set
     from with_lightning import Student
 
@@ -257,6 +257,7 @@ IMAGES = [{"inputs_embeds": x, "labels": torch.tensor(i % 10)} for i, x in enume
 
 
 def bert(seed, **settings):
+    pytest.importorskip("transformers")
     from transformers import BertForSequenceClassification
     from with_transformers import BERT
 
