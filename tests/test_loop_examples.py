@@ -200,11 +200,11 @@ def alike(one, other):
 @pytest.mark.filterwarnings(*(f"ignore:.*{noise}" for noise in NOISE))
 def test_lightning_stops_early_and_keeps_the_best_by_the_validation_loss(tmp_path):
     """With the defaults of both callbacks. The loss is cross-entropy, and from what was kept training goes on."""
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
 
     def run(**settings):
-        saver = ModelCheckpoint(tmp_path, monitor="val/loss")
-        return saver, *lightning_run(tmp_path, EarlyStopping("val/loss"), saver, epochs=40, **settings)
+        saver = callbacks.ModelCheckpoint(tmp_path, monitor="val/loss")
+        return saver, *lightning_run(tmp_path, callbacks.EarlyStopping("val/loss"), saver, epochs=40, **settings)
 
     saver, student, watch, trainer = run()
     best = watch.losses.index(min(watch.losses))
@@ -234,10 +234,12 @@ def test_lightning_stops_early_and_keeps_the_best_by_the_validation_loss(tmp_pat
 )
 def test_lightning_resumes_in_the_right_epoch(loader, steps, saver, trainer, tmp_path):
     """And ends as if it had not stopped; but inside an epoch torch's own loader starts anew, for what is left of the steps."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
 
     def run(**resume):
-        where = ModelCheckpoint(tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **saver)
+        where = callbacks.ModelCheckpoint(
+            tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **saver
+        )
         return lightning_run(tmp_path, where, loader=loader, **trainer, **resume)
 
     student, watch, _ = run()
