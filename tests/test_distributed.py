@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.testing import assert_close
 from torch.utils.data import DistributedSampler
 
@@ -256,18 +258,36 @@ def test_groups_of_ranks_train_apart(on_ranks):
     assert not torch.allclose(results[0]["network"], results[2]["network"])
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(on_ranks, tmp_path):
+def by_torch(both, path, rank, load):
+    if load:
+        both.load_state_dict(torch.load(path, weights_only=True))
+    elif rank == 0:
+        torch.save(both.state_dict(), path)
+
+
+def by_dcp(both, path, rank, load):
+    """As runs with FSDP2 do it."""
+    state = get_model_state_dict(both)
+    if load:
+        dcp.load(state, checkpoint_id=path)
+        set_model_state_dict(both, state)
+    else:
+        dcp.save(state, checkpoint_id=path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # in one process
+@pytest.mark.parametrize("checkpoint", [by_torch, by_dcp])
+def test_a_run_goes_on_with_another_number_of_ranks(checkpoint, on_ranks, tmp_path):
     """Four ranks, then one, then two, an epoch each."""
 
     def an_epoch(rank, epoch):
         learner, several = Learner(), dist.is_initialized()
         both = nn.ModuleDict({"network": learner.network, "criterion": learner.criterion})
         if epoch:
-            both.load_state_dict(torch.load(tmp_path / f"checkpoint-{epoch}", weights_only=True))
+            checkpoint(both, tmp_path / f"checkpoint-{epoch}", rank, load=True)
         model = DDP(learner) if several else learner
         found = trained(learner, model, part_of(rank) if several else lambda batch: batch, [epoch])
-        if rank == 0:
-            torch.save(both.state_dict(), tmp_path / f"checkpoint-{epoch + 1}")
+        checkpoint(both, tmp_path / f"checkpoint-{epoch + 1}", rank, load=False)
         return found
 
     expected = alone()
