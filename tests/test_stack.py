@@ -468,6 +468,17 @@ def test_torchs_cross_entropy_beside_classes_on_another_axis_is_refused(terms):
     assert_close(LossStack({"ce": nn.CrossEntropyLoss(), name: term})(**rows)[0], total)
 
 
+def test_a_term_of_ones_own_may_reduce_what_is_not_reduced():
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, input, target):
+            values = super().forward(input, target)
+            return (values * (1 - torch.exp(-values))).mean()
+
+    s, y = torch.randn(N, C), torch.zeros(N, dtype=torch.int64)
+    expected = -((1 - s.softmax(-1)) * s.log_softmax(-1))[:, 0].mean()
+    assert_close(LossStack({"focal": Focal(reduction="none")})(student_logits=s, target=y)[0], expected)
+
+
 @pytest.mark.parametrize("permutes", [lambda x: x.transpose(1, 2), lambda x: x.transpose(1, -1)])
 def test_a_cross_entropy_of_ones_own_may_have_any_axis(permutes):
     class Own(nn.CrossEntropyLoss):

@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_263, 2_139  # of all files
+LINES, CODE = 3_264, 2_140  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -33,7 +33,7 @@ BUDGETS = {
     "progressive.py": 235,
     "schedules.py": 99,
     "setup_check.py": 259,
-    "stack.py": 258,
+    "stack.py": 259,
     "targets.py": 119,
     "teacher.py": 80,
 }

@@ -251,7 +251,8 @@ def _check_term(name: str, term: object) -> None:
         )
     if isinstance(term, LossStack):
         raise TypeError(f"Term {name!r} is a stack: pass its terms, {{**stack.terms, ...}}, and its weights.")
-    if getattr(term, "reduction", None) == "none":
+    known = type(term).__module__.startswith(("torch.", "aikd_losses."))  # the user's may reduce what is given to them
+    if known and getattr(term, "reduction", None) == "none":
         raise ValueError(f"Term {name!r} must give a scalar: build it with reduction='mean' or 'sum'.")
     if isinstance(term, NOT_OF_LOGITS):
         instead = "use nn.CrossEntropyLoss, or DeterministicKD"
