@@ -479,11 +479,10 @@ def test_a_term_of_ones_own_may_reduce_what_is_not_reduced():
     assert_close(LossStack({"focal": Focal(reduction="none")})(student_logits=s, target=y)[0], expected)
 
 
-@pytest.mark.parametrize("permutes", [lambda x: x.transpose(1, 2), lambda x: x.transpose(1, -1)])
-def test_a_cross_entropy_of_ones_own_may_have_any_axis(permutes):
+def test_a_cross_entropy_of_ones_own_may_have_any_axis():
     class Own(nn.CrossEntropyLoss):
         def forward(self, student_logits, target):
-            return super().forward(permutes(student_logits), target)
+            return super().forward(student_logits.transpose(1, 2), target)
 
     s, y = torch.randn(2, 5, C), torch.zeros(2, 5, dtype=torch.int64)
     stack = LossStack({"ce": Own(), "kd": DeterministicKD(class_dim=-1)})

@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_264, 2_140  # of all files
+LINES, CODE = 3_262, 2_138  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -21,7 +21,7 @@ BUDGETS = {
     "_fused.py": 167,
     "_owned.py": 159,
     "_ranks.py": 82,
-    "_table.py": 220,
+    "_table.py": 218,
     "adversarial.py": 260,
     "aikd.py": 123,
     "data.py": 80,

@@ -55,10 +55,8 @@ class Table(Carrier):
         self._last_write = torch.full((self.num_samples,), -1, dtype=torch.int64, device=self.known.device)
         self._num_written = 0
         self.inherited = self._file is not None and self._file.whole and bool(self.known.any())  # rows of another run
-        if self.inherited:
-            self._check_classes(
-                self.classes, f"the damaged `path` {self.path!r}"
-            )  # the rows may be too many to look at
+        if self.inherited:  # whose rows may be too many to look at
+            self._check_classes(self.classes, f"the damaged `path` {self.path!r}")
 
     def _allocate(self, device: torch.device, create: bool) -> None:
         n, width = self.num_samples, self.top_k or self.num_classes
