@@ -10,13 +10,13 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_262, 2_138  # of all files
+LINES, CODE = 3_280, 2_151  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
     "_carrier.py": 147,
     "_checks.py": 252,
-    "_divergences.py": 79,
+    "_divergences.py": 97,
     "_file.py": 130,
     "_fused.py": 167,
     "_owned.py": 159,

@@ -6,8 +6,10 @@ $$\mathrm{KL}(p \,\|\, q) = \sum p\,(\log p - \log q), \qquad \mathrm{KL}(q \,\|
 $$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\, m), \qquad m = \beta p + (1-\beta) q$$
 
 Where the sides are near each other, as they are where T is large, the summands nearly cancel, and float32 has no digit left. So
-divergences are computed in float64, on every device that has it. Classes are on the last axis; a value is float32 at least.
-All of it can be compiled, transformed and differentiated again.
+all is said in $d = \log q - \log p$ and sums in which nothing is negative. Eagerly that is float64, which needs few kernels.
+A compiler fuses many into one, where float64 would be what a GPU waits for (it has 2 to 64 times fewer units of it): there d is
+made in float32, precisely. Classes are on the last axis; a value is float32 at least. All of it can be compiled, transformed and
+differentiated again.
 """
 
 import math
@@ -19,41 +21,57 @@ from torch import Tensor
 
 def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float = 0.5) -> Tensor:
     """$T^2 D(p, q)$ by its name."""
-    log_p, log_q = log_softmaxes(t, s, temperature)
+    log_p, log_q, d = log_softmaxes(t, s, temperature)
     if name == "forward_kl":
-        value = kl(log_p, log_q)
+        value = kl(log_p, log_q, d)
     elif name == "reverse_kl":
-        value = kl(log_q, log_p)
+        value = kl(log_q, log_p, -d)
     else:
-        log_m = log_mixture(log_p, log_q, beta)
-        value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+        log_m, from_p, from_q = log_mixture(log_p, log_q, d, beta)
+        value = beta * kl(log_p, log_m, from_p) + (1 - beta) * kl(log_q, log_m, from_q)
     return (temperature**2 * value).to(wide(s, t)[0].dtype)
 
 
-def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    r"""$\log m$, from the side on which nothing overflows; that of either side where they are equal."""
-    d = (log_q - log_p).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""$\log p$, $\log q$ and $d = \log q - \log p$; 0 for a class that both sides exclude."""
+    if not torch.compiler.is_compiling() and t.device.type != "mps":  # Apple's GPUs have no float64
+        log_p, log_q = (torch.log_softmax(x.double() / temperature, -1) for x in (t, s))
+        return log_p, log_q, (log_q - log_p).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+    t, s = wide(t, s)
+    both = (t == -math.inf) & (s == -math.inf)
+    norms = [(x / temperature).logsumexp(-1, keepdim=True) for x in (t, s)]
+    log_p, log_q = t / temperature - norms[0], s / temperature - norms[1]
+    # (s - t)/T has all its digits, and the rest is the same for all classes of a row: what makes q sum to 1.
+    d = ((s - t) / temperature - (norms[1] - norms[0])).masked_fill(both, 0.0)
+    too_much = torch.where(d < 1, log_p.exp() * torch.expm1(d.clamp_max(1.0)), log_q.exp() - log_p.exp())
+    return log_p, log_q, d - too_much.sum(-1, keepdim=True).log1p().detach()
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, d: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""$\log m$, and what it is above $\log p$ and $\log q$; from the side on which nothing overflows."""
     above, below = torch.where(d > 0, d, 0.0), torch.where(d > 0, 0.0, d)
-    from_q, from_p = torch.log1p(beta * torch.expm1(-above)), torch.log1p((1 - beta) * torch.expm1(below))
-    return torch.where(d > 0, log_q + from_q, log_p + from_p)
+    of_q, of_p = torch.log1p(beta * torch.expm1(-above)), torch.log1p((1 - beta) * torch.expm1(below))
+    from_p, from_q = torch.where(d > 0, d + of_q, of_p), torch.where(d > 0, of_q, of_p - d)
+    return torch.where(d > 0, log_q + of_q, log_p + of_p), from_p, from_q
 
 
-def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> list[Tensor]:
-    r"""$\log p$ and $\log q$."""
-    # Apple's GPUs have no float64.
-    exact = [x.float() if x.device.type == "mps" else x.double() for x in (t, s)]
-    return [torch.log_softmax(x / temperature, -1) for x in exact]
-
-
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl(log_a: Tensor, log_b: Tensor, d: Tensor) -> Tensor:
     r"""$\sum a\,(\log a - \log b) = \sum a\,(e^d - 1 - d)$, $d = \log b - \log a$, as a and b sum to 1; no summand is
     negative. A class with a = 0 counts b, the limit; one with a > 0 = b counts inf, also where a is rounded to 0."""
     excluded = log_a == -math.inf
     a, b = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny), log_b.exp()
-    d = (log_b - log_a).masked_fill(excluded, 0.0)
-    small = d.clamp_max(1.0)  # beyond, e^d may overflow
-    terms = torch.where(d < 1, a * (torch.expm1(small) - small), b - a - a * d)
+    d = d.masked_fill(excluded, 0.0)
+    terms = torch.where(d < 1, a * _expm1_without(d.clamp_max(1.0)), b - a - a * d)  # beyond, e^d may overflow
     return torch.where(excluded, b, terms).sum(-1)
+
+
+def _expm1_without(d: Tensor) -> Tensor:
+    """$e^d - 1 - d$; in float32 by its series near 0, where a difference has few digits."""
+    if d.dtype == torch.float64:
+        return torch.expm1(d) - d
+    x = d.clamp(-0.1, 0.1)
+    series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
+    return torch.where(d.abs() < 0.1, series, torch.expm1(d) - d)
 
 
 def cross_entropy(target: Tensor, s: Tensor, temperature: float = 1.0) -> Tensor:

@@ -146,16 +146,16 @@ def rows_with_gradient(
         values = torch.addcmul(difference, p, d, out=d).sum(-1)
         if len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf:
             return values.mul_(temperature**2), torch.mul(difference, temperature * scale, out=out)
-    log_p, log_q = log_softmaxes(t, s, temperature)
+    log_p, log_q, d = log_softmaxes(t, s, temperature)
     q = log_q.exp()
     if name == "forward_kl":
-        values, slope = kl(log_p, log_q), q - log_p.exp()
+        values, slope = kl(log_p, log_q, d), q - log_p.exp()
     else:
-        log_b = log_p if name == "reverse_kl" else log_mixture(log_p, log_q, beta)
-        values = of_q = kl(log_q, log_b)
-        slope = q * ((log_q - log_b).masked_fill(q == 0, 0.0) - of_q.unsqueeze(-1))
+        log_b, from_p, from_q = (log_p, d, -d) if name == "reverse_kl" else log_mixture(log_p, log_q, d, beta)
+        values = of_q = kl(log_q, log_b, from_q)
+        slope = -q * (from_q.masked_fill(q == 0, 0.0) + of_q.unsqueeze(-1))
         if name == "js":
-            values, slope = beta * kl(log_p, log_b) + (1 - beta) * of_q, (1 - beta) * slope
+            values, slope = beta * kl(log_p, log_b, from_p) + (1 - beta) * of_q, (1 - beta) * slope
     return (temperature**2 * values).to(s.dtype), torch.mul(slope, temperature * scale, out=out).to(s.dtype)
 
 
