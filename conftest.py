@@ -1,65 +1,35 @@
-"""Every code block of the documentation runs: README.md, CONTRIBUTING.md, docs/ and the docstrings of src/."""
+"""The device that tests run on; every code block of the documentation and of the docstrings of src/ is a test."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sybil import Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import aikd_losses
 
-
-class DiffParser(CodeBlockParser):
-    """Runs a ```diff block twice: as it was before the change, and after it."""
-
-    language = "diff"
-
-    def evaluate(self, example: Example) -> None:
-        for sign in "-+":
-            lines = [line[1:] for line in example.parsed.splitlines() if line[:1] in (sign, " ")]
-            exec(compile("\n".join(lines), example.path, "exec"), example.namespace)
+if find_spec("sybil"):  # without it no page is collected
+    from pages import pytest_collect_file  # noqa: F401
 
 
-class ReportParser(CodeBlockParser):
-    """A ```text block is what the `report` above it prints."""
-
-    language = "text"
-
-    def evaluate(self, example: Example) -> str | None:
-        printed = str(example.namespace["report"])
-        return None if printed == example.parsed.rstrip() else f"This is printed:\n{printed}"
-
-
-def _small_world(namespace: dict[str, Any]) -> None:
-    """What the reader of a page has already: a data set, a pre-trained model, a fresh one and its optimizer."""
-    torch.manual_seed(0)
-    train_set = TensorDataset(torch.randn(64, 8), torch.randint(10, (64,)))
-    model, pretrained = nn.Linear(8, 10), nn.Linear(8, 10)
-    namespace.update(
-        torch=torch,
-        nn=nn,
-        F=nn.functional,
-        DataLoader=DataLoader,
-        train_set=train_set,
-        loader=DataLoader(train_set, batch_size=32),
-        model=model,
-        pretrained=pretrained,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="torch's default device in all tests; those about the CPU are skipped"
     )
 
 
-pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), DiffParser(), ReportParser()],
-    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/terms/*.md"],
-    setup=_small_world,
-    fixtures=["checkpoint"],
-).pytest()
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.device != "cpu":
+        torch.set_default_device(config.option.device)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("cpu")
+    if marker and item.config.option.device != "cpu":
+        pytest.skip(f"about the CPU: {marker.args[0]}")
 
 
 @pytest.fixture

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from seeds import reseed
 
 collect_ignore = ["mutation.py"]  # a plugin, which needs mutmut
+# What holds on every device; the others are about the CPU (gloo, files, scripts, sentences that name it) or about no device.
+ON_ANY_DEVICE = ("contract", "cuda", "fused", "fuzz", "linear", "properties", "stack", "state", "targets", "values")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    stem = collection_path.stem
+    others = stem.startswith("test_") and stem.removeprefix("test_") not in ON_ANY_DEVICE
+    return True if others and config.option.device != "cpu" else None
+
 
 settings.register_profile(
     "default",
@@ -28,5 +39,5 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
-    torch.default_generator.manual_seed(0)  # of the CPU alone: torch.manual_seed takes milliseconds
+    reseed(0)
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import generator, reseed
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -61,7 +62,7 @@ class Batch(NamedTuple):
 
 def batch(dtype: torch.dtype = torch.float32, layout: str = "N,C", masked: bool = False) -> Batch:
     dim, arrange = LAYOUTS[layout]
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     s, t = (arrange(torch.randn(ROWS, C, generator=g, dtype=torch.float64).to(dtype)) for _ in range(2))
     shape = s.select(dim or -1, 0).shape
     target, index = torch.randint(C, shape, generator=g), torch.randperm(ROWS, generator=g).view(shape)
@@ -239,7 +240,7 @@ KINDS = {
 
 
 def made(kind: Kind, wide: bool = False, **settings: Any) -> Any:
-    torch.default_generator.manual_seed(5)
+    reseed(5)
     loss = kind.build(**settings)
     return loss.double() if wide and isinstance(loss, nn.Module) else loss
 
@@ -253,7 +254,7 @@ def gradient(kind: Kind, loss: Any, x: Batch, of: Callable[..., Tensor] | None =
     """The value, and the gradient of `above` times it for what it is to train."""
     x = x._replace(student=x.student.detach().requires_grad_(kind.family != "discriminator"))
     wanted = [x.student] if x.student.requires_grad else list(loss.discriminator.parameters())
-    torch.default_generator.manual_seed(6)
+    reseed(6)
     value = (of or kind.call)(loss, x)
     slopes = torch.autograd.grad((above * value).sum(), wanted, allow_unused=True, materialize_grads=True)
     return value.detach(), *slopes
@@ -282,7 +283,7 @@ def is_the_usual_composition(kind: Kind, reduction: str, dtype: torch.dtype, lay
     given.teacher.requires_grad_()
     found = gradient(kind, loss, given, above=above)
     assert_close((*map(Tensor.detach, given), *state.values()), before, rtol=0, atol=0, equal_nan=True)
-    torch.default_generator.manual_seed(6)
+    reseed(6)
     before_call = torch.get_rng_state()
     kind.call(loss, given)
     assert torch.equal(torch.get_rng_state(), before_call) or kind is KINDS["discriminator GradientPenalty"]
@@ -362,7 +363,7 @@ def a_sum_over_micro_batches_is_the_sum_over_the_batch(kind: Kind) -> None:
 @law(*OF_STUDENT, "discriminator")
 def autocast_changes_nothing(kind: Kind) -> None:
     loss, x = made(kind), batch()
-    autocast = torch.autocast("cpu", torch.bfloat16)
+    autocast = torch.autocast(torch.get_default_device().type, torch.bfloat16)
     assert_close(gradient(kind, loss, x, autocast(kind.call)), gradient(kind, loss, x))
 
 

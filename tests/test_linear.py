@@ -83,7 +83,7 @@ def test_hidden_states_and_weights_may_have_different_types(tensors, types):
 
 def test_half_precision_and_autocast_compute_in_float32(tensors):
     low = {name: x.detach().bfloat16().requires_grad_(x.requires_grad) for name, x in tensors.items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         value = linear_deterministic_kd(**low)
     assert value.dtype == torch.float32
     assert_close(value.double(), usual(low), rtol=1e-5, atol=0)

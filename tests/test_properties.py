@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from laws import DIVERGENCES, OBJECTIVES
+from seeds import generator, reseed
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -43,7 +44,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        g = torch.Generator().manual_seed(c)
+        g = generator(c)
         self.w = torch.nn.Parameter(torch.randn(c, generator=g, dtype=torch.float64))
         self.b = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
 
@@ -235,7 +236,7 @@ def test_penalties_of_a_linear_discriminator_are_the_closed_form(x, weight):
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**16))
 def test_sums_of_micro_batches_over_their_count_are_the_whole_batch(sizes, seed):
     """Of the full method, in value and gradient, with some rows masked and some without history."""
-    torch.default_generator.manual_seed(seed)
+    reseed(seed)
     n, c = sum(sizes), 3
     s, t = torch.randn(2, n, c)
     y, index, mask = torch.randint(c, (n,)), torch.randperm(n), torch.rand(n) < 0.7

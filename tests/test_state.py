@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from seeds import generator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.utils.parametrizations import spectral_norm
@@ -33,7 +34,7 @@ from aikd_losses import (
 )
 
 N, C, BATCH = 16, 4, 8
-X, Y = torch.randn(N, 6, generator=torch.Generator().manual_seed(0)), torch.arange(N) % C
+X, Y = torch.randn(N, 6, generator=generator(0)), torch.arange(N) % C
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "fused adam": partial(torch.optim.Adam, fused=True),

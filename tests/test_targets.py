@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import generator
 from torch.testing import assert_close
 
 from aikd_losses import (
@@ -57,7 +58,7 @@ def place(request, path):
 
 
 def rows(*seeds):
-    return torch.stack([torch.randn(C, generator=torch.Generator().manual_seed(s)).softmax(-1) for s in seeds])
+    return torch.stack([torch.randn(C, generator=generator(s)).softmax(-1) for s in seeds])
 
 
 def contents(store):
