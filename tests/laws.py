@@ -372,7 +372,8 @@ def it_compiles_whole_and_stays_the_same(kind: Kind) -> None:
     torch.compiler.reset()
     loss, x = made(kind), batch(masked=True)
     compiled = torch.compile(kind.call, fullgraph=True, backend="eager")
-    assert_close(gradient(kind, loss, x, compiled), gradient(kind, loss, x))
+    with torch.device(torch.get_default_device()):  # a mode, under which the compiler follows less
+        assert_close(gradient(kind, loss, x, compiled), gradient(kind, loss, x))
 
 
 @law(*OF_STUDENT)

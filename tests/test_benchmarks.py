@@ -15,14 +15,14 @@ speed = load_script(Path(__file__).parent.parent / "benchmarks" / "speed.py")
 CPU = torch.device("cpu")
 
 
-def small_rows(device):
+def small_rows(device, faster, small):
     t = torch.randn(8, 5)
     term = speed.DeterministicKD(temperature=4.0)
     theirs = {"torchdistill": partial(speed.kd, t=t)}
     yield speed.Row(
         "KD", (8, 5), partial(term, teacher_logits=t), partial(speed.kd, t=t), {"time": 1e9, "kernels": 0}, peers=theirs
     )
-    yield speed.together((8, 5), device, {})
+    yield speed.together((8, 5), device, faster, {})
 
 
 def test_what_is_measured_is_written_and_shown_on_the_page(tmp_path, monkeypatch, capsys):
@@ -52,7 +52,7 @@ def _saved(folder, written):
 
 
 def test_the_page_shows_what_was_measured():
-    page = speed.PAGE.read_text()
+    page = speed.PAGES["cpu"].read_text()
     assert speed.fill_page(page, speed.RESULTS / "speed-cpu.json") == page
 
 

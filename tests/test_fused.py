@@ -135,6 +135,7 @@ def held(loss):
     return sum(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
+@pytest.mark.cpu("its allocations are counted; tests/test_cuda.py counts those of a GPU")
 def test_one_tensor_of_the_size_of_the_logits_is_kept_and_none_where_no_gradient_is_wanted():
     """What the usual composition keeps is measured the same way."""
     s, t = torch.randn(100, 50, requires_grad=True), torch.randn(100, 50)

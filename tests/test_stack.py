@@ -283,6 +283,7 @@ def test_a_data_set_of_ones_own_keeps_its_attributes_to_itself():
         a + b
 
 
+@pytest.mark.cpu("loaders draw by a generator of it")
 def test_every_loader_hands_out_the_ids_as_int64():
     pairs = TensorDataset(torch.arange(10), torch.arange(10))
     split, _ = random_split(pairs, [6, 4])
@@ -344,7 +345,10 @@ def test_values_of_any_type_are_summed_in_float32_at_least(values, weight, total
 
 
 def test_a_constant_may_be_on_another_device():
-    terms = {"constant": Constant(torch.tensor(1.0)), "elsewhere": Constant(torch.zeros((), device="meta"))}
+    terms = {
+        "constant": Constant(torch.tensor(1.0, device="cpu")),
+        "elsewhere": Constant(torch.zeros((), device="meta")),
+    }
     assert LossStack(terms)(student_logits=torch.zeros(1, 2))[0].is_meta
 
 

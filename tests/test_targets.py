@@ -48,13 +48,15 @@ def build(request):
 
 @pytest.fixture
 def path(tmp_path):
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("about the CPU: a file is mapped into its memory, and forked processes cannot use a GPU")
     return tmp_path / "targets.bin"
 
 
 @pytest.fixture(params=["memory", "file"])
-def place(request, path):
+def place(request):
     """Where a store is."""
-    return {"path": path} if request.param == "file" else {}
+    return {"path": request.getfixturevalue("path")} if request.param == "file" else {}
 
 
 def rows(*seeds):

@@ -245,6 +245,7 @@ def test_a_share_has_the_precision_of_the_logits_whatever_is_left_out(dtype, hid
 @pytest.mark.parametrize("alpha", [0.5, 1.0, torch.tensor(0.5, requires_grad=True)], ids=["half", "whole", "learned"])
 @pytest.mark.parametrize("class_dim", [None, -1])
 @pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.cpu("labels are looked at there alone")
 def test_a_label_must_be_one_where_it_counts_whatever_its_share(alpha, class_dim, transformed):
     s, y = torch.randn(3, 4), torch.tensor([0, -100, 1])
     mask = y != -100

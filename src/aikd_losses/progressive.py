@@ -226,7 +226,7 @@ class ProgressiveKD(Scheduled):
         probs, known = self.targets.read(at.flatten())
         for what, x, wanted in (("rows", probs, (at.numel(), classes)), ("flags", known, (at.numel(),))):
             _checks.shaped("targets.read", x, wanted, f"must return {what} of shape ")
-        return probs.to(rows.device).unflatten(0, shape), known.to(rows.device).unflatten(0, shape)
+        return probs.to(rows.device).reshape(rows.shape), known.to(rows.device).reshape(shape)
 
     def extra_repr(self) -> str:
         settings = f"epoch={schedules.value(self.epoch)}, alpha={schedules.shown(self.alpha_schedule, self.alpha)}, "
