@@ -5,6 +5,7 @@ BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants oldest check lint types
+.PHONY: gpu gpu-rehearsal gpu-page
 .PHONY: dist setup clean
 .DEFAULT_GOAL := test
 
@@ -59,6 +60,16 @@ oldest:                      ## the suite with the lowest declared version of al
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[suite]'
 	bash -o pipefail -c '{ $(BIN)/python benchmarks/oldest.py && $(PYTEST) -q -rs $(PYTEST_ARGS); } | tee benchmarks/results/oldest.txt'
+
+gpu:                         ## the steps to run on a machine with a GPU, and what to bring back
+	@benchmarks/on_gpu.sh
+
+gpu-rehearsal: .venv/ready   ## all of these steps, small, on a CPU; a minute
+	for step in tests speed train; do REHEARSE=1 OUT=runs/gpu-rehearsal PYTHON=$(BIN)/python OMP_NUM_THREADS=1 benchmarks/on_gpu.sh $$step || exit 1; done
+
+gpu-page: .venv/ready        ## docs/gpu.md from what a GPU brought back
+	$(BIN)/python benchmarks/speed.py --device cuda --page
+	$(BIN)/python benchmarks/gpu_train.py --page
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What is run on a machine with a GPU, a step at a time, each within nine minutes:
+#
+#   benchmarks/on_gpu.sh tests    the tests with the GPU as torch's default device, and tests/test_cuda.py
+#   benchmarks/on_gpu.sh speed    every row of benchmarks/speed.py, eager and compiled
+#   benchmarks/on_gpu.sh train    the reference example on all of Fashion-MNIST, over seeds
+#
+# Before: nothing is to be installed where torch, einops, pytest, hypothesis, pytest-xdist, pytest-timeout, rich, numpy and
+# safetensors are. `train` reads examples/data/fashion-mnist: the four *-ubyte.gz files that Debian's package
+# dataset-fashion-mnist has, 31 MB; git ignores them, so bring them along.
+# After: what is to be kept is in the folder $OUT (runs/gpu if that is not set). Copy speed-cuda.json and gpu-train.jsonl to
+# benchmarks/results/; a step that ran out of time then goes on from there. `make gpu-page` writes them into docs/gpu.md.
+#
+# REHEARSE=1 runs all of it small, on a CPU; its numbers say nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=src PYTHONUNBUFFERED=1
+python=${PYTHON:-python3} out=${OUT:-runs/gpu} rehearse=${REHEARSE:-}
+
+tests() {
+    local what=(tests --device cuda -n 8 --dist worksteal -o filterwarnings=default)  # its libraries warn as they like
+    [ -z "$rehearse" ] || what=(tests/test_cuda.py tests/test_device.py --device cpu)
+    timeout 540 "$python" -m pytest -q -rs -p no:cacheprovider "${what[@]}" | tee "$out/tests.txt"
+}
+
+speed() {
+    local how=(--device cuda --seconds 2 --resume --out "$out/speed-cuda.json")
+    [ -z "$rehearse" ] || how=(--small 64 --seconds 0.02 --compile --backend eager --out "$out/speed.json")
+    timeout 540 "$python" benchmarks/speed.py "${how[@]}"
+}
+
+train() {
+    local how=(--minutes 8.5 --out "$out/gpu-train.jsonl")
+    [ -z "$rehearse" ] || how=(--rehearse --seeds 2 --out "$out/gpu-train.jsonl")
+    timeout 540 "$python" benchmarks/gpu_train.py "${how[@]}"
+}
+
+case "${1:-}" in
+    tests | speed | train) mkdir -p "$out" && "$1" ;;
+    *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ;;
+esac
