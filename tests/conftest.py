@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from seeds import reseed
 
-collect_ignore = ["mutation.py"]  # a plugin, which needs mutmut
+collect_ignore = ["mutation.py", "pages.py"]  # plugins, which need mutmut and sybil
 # What holds on every device; the others are about the CPU (gloo, files, scripts, sentences that name it) or about no device.
 ON_ANY_DEVICE = ("contract", "cuda", "fused", "fuzz", "linear", "properties", "stack", "state", "targets", "values")
 

@@ -295,8 +295,7 @@ def test_every_loader_hands_out_the_ids_as_int64():
 
 
 def test_a_hugging_face_data_set_is_fetched_a_batch_at_a_time():
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"x": [1.0, 2.0, 3.0], "y": [0, 1, 2]})
     batch = next(iter(DataLoader(IndexedDataset(table), batch_size=3, sampler=[2, 0, 1])))
     assert batch["index"].tolist() == [2, 0, 1]

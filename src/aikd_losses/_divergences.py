@@ -8,8 +8,8 @@ $$\mathrm{JS} = \beta\,\mathrm{KL}(p \,\|\, m) + (1-\beta)\,\mathrm{KL}(q \,\|\,
 Where the sides are near each other, as they are where T is large, the summands nearly cancel, and float32 has no digit left. So
 all is said in $d = \log q - \log p$ and sums in which nothing is negative. Eagerly that is float64, which needs few kernels.
 A compiler fuses many into one, where float64 would be what a GPU waits for (it has 2 to 64 times fewer units of it): there d is
-made in float32, precisely. Classes are on the last axis; a value is float32 at least. All of it can be compiled, transformed and
-differentiated again.
+made in float32, precisely. Classes are on the last axis; a value is float32 at least. All of it can be compiled, transformed
+and differentiated again.
 """
 
 import math
