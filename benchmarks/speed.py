@@ -606,7 +606,8 @@ def main() -> None:
         write_page(torch.device(args.device).type)
         return
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # which a CPU does not know
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", ".*since the last `advance_epoch`")  # here an epoch has no end
     device, kept = torch.device(args.device), RESULTS / f"speed-{torch.device(args.device).type}.json"

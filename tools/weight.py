@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_280, 2_151  # of all files
+LINES, CODE = 3_280, 2_150  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,

@@ -22,47 +22,47 @@ from torch import Tensor
 def divergence_rows(s: Tensor, t: Tensor, *, name: str, temperature: float, beta: float = 0.5) -> Tensor:
     """$T^2 D(p, q)$ by its name."""
     log_p, log_q, d = log_softmaxes(t, s, temperature)
+    p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
-        value = kl(log_p, log_q, d)
+        value = kl(p, q, d)
     elif name == "reverse_kl":
-        value = kl(log_q, log_p, -d)
+        value = kl(q, p, -d)
     else:
-        log_m, from_p, from_q = log_mixture(log_p, log_q, d, beta)
-        value = beta * kl(log_p, log_m, from_p) + (1 - beta) * kl(log_q, log_m, from_q)
+        m, from_p, from_q = mixture(log_p, log_q, d, beta)
+        value = beta * kl(p, m, from_p) + (1 - beta) * kl(q, m, from_q)
     return (temperature**2 * value).to(wide(s, t)[0].dtype)
 
 
 def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""$\log p$, $\log q$ and $d = \log q - \log p$; 0 for a class that both sides exclude."""
+    r"""$\log p$, $\log q$ and $d = \log q - \log p$, which says nothing for a class that both sides exclude."""
     if not torch.compiler.is_compiling() and t.device.type != "mps":  # Apple's GPUs have no float64
         log_p, log_q = (torch.log_softmax(x.double() / temperature, -1) for x in (t, s))
-        return log_p, log_q, (log_q - log_p).masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+        return log_p, log_q, log_q - log_p
     t, s = wide(t, s)
-    both = (t == -math.inf) & (s == -math.inf)
     norms = [(x / temperature).logsumexp(-1, keepdim=True) for x in (t, s)]
     log_p, log_q = t / temperature - norms[0], s / temperature - norms[1]
     # (s - t)/T has all its digits, and the rest is the same for all classes of a row: what makes q sum to 1.
-    d = ((s - t) / temperature - (norms[1] - norms[0])).masked_fill(both, 0.0)
+    d = (s - t) / temperature - (norms[1] - norms[0])
     too_much = torch.where(d < 1, log_p.exp() * torch.expm1(d.clamp_max(1.0)), log_q.exp() - log_p.exp())
     return log_p, log_q, d - too_much.sum(-1, keepdim=True).log1p().detach()
 
 
-def log_mixture(log_p: Tensor, log_q: Tensor, d: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""$\log m$, and what it is above $\log p$ and $\log q$; from the side on which nothing overflows."""
+def mixture(log_p: Tensor, log_q: Tensor, d: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""m, and what $\log m$ is above $\log p$ and $\log q$; from the side on which nothing overflows."""
+    d = d.masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
     above, below = torch.where(d > 0, d, 0.0), torch.where(d > 0, 0.0, d)
     of_q, of_p = torch.log1p(beta * torch.expm1(-above)), torch.log1p((1 - beta) * torch.expm1(below))
     from_p, from_q = torch.where(d > 0, d + of_q, of_p), torch.where(d > 0, of_q, of_p - d)
-    return torch.where(d > 0, log_q + of_q, log_p + of_p), from_p, from_q
+    return torch.where(d > 0, log_q + of_q, log_p + of_p).exp(), from_p, from_q
 
 
-def kl(log_a: Tensor, log_b: Tensor, d: Tensor) -> Tensor:
+def kl(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     r"""$\sum a\,(\log a - \log b) = \sum a\,(e^d - 1 - d)$, $d = \log b - \log a$, as a and b sum to 1; no summand is
-    negative. A class with a = 0 counts b, the limit; one with a > 0 = b counts inf, also where a is rounded to 0."""
-    excluded = log_a == -math.inf
-    a, b = log_a.exp().clamp_min(torch.finfo(log_a.dtype).tiny), log_b.exp()
-    d = d.masked_fill(excluded, 0.0)
-    terms = torch.where(d < 1, a * _expm1_without(d.clamp_max(1.0)), b - a - a * d)  # beyond, e^d may overflow
-    return torch.where(excluded, b, terms).sum(-1)
+    negative. An excluded class, $\log a = -\infty$, counts b, the limit; one with b = 0 alone counts inf, also where a is
+    rounded to 0."""
+    d = d.nan_to_num(nan=1.0, posinf=1.0, neginf=-math.inf)  # of an excluded class, where a = 0
+    near = a.clamp_min(torch.finfo(a.dtype).tiny) * _expm1_without(d.clamp_max(1.0))
+    return torch.where(d < 1, near, b - a - a * d).sum(-1)  # beyond, e^d may overflow
 
 
 def _expm1_without(d: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ._divergences import kl, log_mixture, log_softmaxes, wide
+from ._divergences import kl, log_softmaxes, mixture, wide
 
 BLOCK = 2**17  # elements that a CPU works on at a time: 0.5 MB in float32, which its cache holds
 DEVICE_BLOCK = 2**22  # elements that other devices do: little beside logits that are large
@@ -147,15 +147,15 @@ def rows_with_gradient(
         if len(s) and NEAR < float(values.min() if each else values.mean()) < math.inf:
             return values.mul_(temperature**2), torch.mul(difference, temperature * scale, out=out)
     log_p, log_q, d = log_softmaxes(t, s, temperature)
-    q = log_q.exp()
+    p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
-        values, slope = kl(log_p, log_q, d), q - log_p.exp()
+        values, slope = kl(p, q, d), q - p
     else:
-        log_b, from_p, from_q = (log_p, d, -d) if name == "reverse_kl" else log_mixture(log_p, log_q, d, beta)
-        values = of_q = kl(log_q, log_b, from_q)
+        b, from_p, from_q = (p, d, -d) if name == "reverse_kl" else mixture(log_p, log_q, d, beta)
+        values = of_q = kl(q, b, from_q)
         slope = -q * (from_q.masked_fill(q == 0, 0.0) + of_q.unsqueeze(-1))
         if name == "js":
-            values, slope = beta * kl(log_p, log_b, from_p) + (1 - beta) * of_q, (1 - beta) * slope
+            values, slope = beta * kl(p, b, from_p) + (1 - beta) * of_q, (1 - beta) * slope
     return (temperature**2 * values).to(s.dtype), torch.mul(slope, temperature * scale, out=out).to(s.dtype)
 
 
