@@ -169,25 +169,21 @@ def table(text: str) -> str:
     machines = sorted({f"{x['device']}, Python {x['python']}, torch {x['torch']}" for x in finished})
     of = lambda noise, method: {x["seed"]: x for x in finished if (x["noise"], x["method"]) == (noise, method)}  # noqa: E731
     said = [f"{'; '.join(machines)}. {settings['epochs']} epochs a phase.", ""]
-    said += [
-        "| labels | method | seeds | accuracy, % | points above | NLL, scaled | above | images/s |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    said.append("| labels | method | seeds | accuracy, % | above cross-entropy | NLL, scaled | s a phase | images/s |")
+    said.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for noise in NOISES:
         plain = of(noise, "cross-entropy")
         for method in METHODS:
             runs = {seed: x for seed, x in of(noise, method).items() if seed in plain}
             if not runs:
                 continue
+            above = [x["accuracy"] - plain[seed]["accuracy"] for seed, x in runs.items()]
+            times, rates = ([x[name] for x in runs.values()] for name in ("seconds", "images_per_second"))
             cells = [f"{noise:.0%} wrong" if noise else "clean", method, str(len(runs))]
-            for key, form in (("accuracy", ".2f"), ("nll_scaled", ".3f")):
-                cells.append(spread([x[key] for x in runs.values()], form))
-                cells.append(
-                    ""
-                    if method == "cross-entropy"
-                    else spread([x[key] - plain[s][key] for s, x in runs.items()], "+" + form)
-                )
-            cells.append(f"{statistics.median(x['images_per_second'] for x in runs.values()):,.0f}")
+            cells.append(spread([x["accuracy"] for x in runs.values()], ".2f"))
+            cells.append("" if method == "cross-entropy" else spread(above, "+.2f"))
+            cells.append(spread([x["nll_scaled"] for x in runs.values()], ".3f"))
+            cells += [f"{statistics.median(times):,.0f}", f"{statistics.median(rates):,.0f}"]
             said.append(f"| {' | '.join(cells)} |")
     return "\n".join([*said, "", *searches(lines)])
 
