@@ -105,3 +105,24 @@ def test_a_discriminator_whose_rows_see_each_other_has_the_right_gradient(reduct
     found = AdversarialDistributionLoss(discriminator, reduction=reduction)(s, torch.randn(6, 5), mask=mask)
     slope = torch.autograd.grad((weight * found).sum() if reduction == "none" else found, s)
     assert_close(slope, torch.autograd.grad(total, s))
+
+
+def test_weights_of_a_discriminator_may_lie_in_memory_in_any_order():
+    class Columns(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.first = nn.Parameter(first)
+
+        def forward(self, x):
+            return torch.tanh(x @ self.first).sum(-1)
+
+    columns = torch.randn(3, 5).t()
+    losses = []
+    for first in (columns.clone(), columns.contiguous()):  # a clone keeps the order
+        discriminator = Columns(first)
+        loss = AdversarialDistributionLoss(discriminator, optimizer=torch.optim.SGD(discriminator.parameters(), lr=0.1))
+        s, t = batch().student, batch().teacher
+        values = [loss.update(s, t) for _ in range(3)]
+        losses.append((values, discriminator.first.detach(), loss.diagnostics()))
+    assert not losses[0][1].is_contiguous()
+    assert_close(losses[0], losses[1])

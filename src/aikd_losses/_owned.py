@@ -64,7 +64,7 @@ class Owner(Carrier):
         if not alone:
             count, *sums = self._ranks.sum([count.to(loss), loss, *means])
             loss, *means = (x / count.clamp_min(1).to(x) for x in sums)
-        norm = nn.utils.parameters_to_vector(means).norm() if means else torch.zeros_like(loss)
+        norm = torch.cat([x.reshape(-1) for x in means]).norm() if means else torch.zeros_like(loss)
         self.optimizer.zero_grad()  # leaves out what is not ours
         for p, mean in zip(used, means, strict=True):
             p.grad = mean
