@@ -92,14 +92,15 @@ class Jobs:
 
     def trained(self, job: Line, terms: str | None) -> Line:
         """The numbers of one phase."""
-        longest = max([line.get("seconds", 0.0) for line in self.lines if line["epochs"] == job["epochs"]], default=0.0)
-        if time.time() + longest > self.ends:
-            raise OutOfTimeError
         state = dict(settings={}, phase=1 if terms is None else 2, epoch=0, teacher=None, history=[])
         teacher = self.teachers / f"{job['noise']}-{job['seed']}-{job['epochs']}-{job['lr']}-{job['weight_decay']}.pt"
+        if terms is not None and not teacher.exists():  # only its numbers are in the file
+            self.trained(job | {"method": "cross-entropy"}, None)
+            if not teacher.exists():  # it diverged
+                return {"diverged": True}
+        if time.time() + self.expected(job) > self.ends:
+            raise OutOfTimeError
         if terms is not None:
-            if not teacher.exists():
-                self.trained(job, None)  # once more: only its numbers are in the file
             state["teacher"] = torch.load(teacher, weights_only=True)
         given = {name: job[name] for name in ("epochs", "lr", "weight_decay", "seed")}
         given |= {"label_noise": job["noise"], "batch_size": self.settings["batch_size"], "terms": terms or "none"}
@@ -110,13 +111,19 @@ class Jobs:
         try:
             with progress_bar(run) as progress:
                 model = train(run, progress)
-        except SystemExit:  # it diverged, and said so
-            return {"validation_accuracy": 0.0}
+        except SystemExit:  # which it says
+            return {"diverged": True, "validation_accuracy": 0.0}
         if terms is None:
             self.teachers.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), teacher)
         facts = machine(args.device) | {"seconds": time.time() - start}
         return numbers(run, model) | {name: facts[name] for name in ("seconds", "device", "python", "torch")}
+
+    def expected(self, job: Line) -> float:
+        """How long it may take: the longest of its method or, without one, twice that of another."""
+        times = [(x["method"], x["seconds"]) for x in self.lines if x["epochs"] == job["epochs"] and "seconds" in x]
+        own = [seconds for method, seconds in times if method == job["method"]]
+        return max(own) if own else 2 * max([seconds for _, seconds in times], default=0.0)
 
     def searched(self, noise: float) -> tuple[float, float]:
         """Learning rate and weight decay, better on validation images than a half and the double of either."""
@@ -177,9 +184,11 @@ def table(text: str) -> str:
             runs = {seed: x for seed, x in of(noise, method).items() if seed in plain}
             if not runs:
                 continue
+            diverged = sum("diverged" in x for x in lines if (x["noise"], x["method"]) == (noise, method))
             above = [x["accuracy"] - plain[seed]["accuracy"] for seed, x in runs.items()]
             times, rates = ([x[name] for x in runs.values()] for name in ("seconds", "images_per_second"))
-            cells = [f"{noise:.0%} wrong" if noise else "clean", method, str(len(runs))]
+            seeds = f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
+            cells = [f"{noise:.0%} wrong" if noise else "clean", method, seeds]
             cells.append(spread([x["accuracy"] for x in runs.values()], ".2f"))
             cells.append("" if method == "cross-entropy" else spread(above, "+.2f"))
             cells.append(spread([x["nll_scaled"] for x in runs.values()], ".3f"))

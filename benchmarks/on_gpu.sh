@@ -18,9 +18,15 @@ export PYTHONPATH=src PYTHONUNBUFFERED=1
 python=${PYTHON:-python3} out=${OUT:-runs/gpu} rehearse=${REHEARSE:-}
 
 tests() {
-    local what=(tests --device cuda -n 8 --dist worksteal -o filterwarnings=default)  # its libraries warn as they like
-    [ -z "$rehearse" ] || what=(tests/test_cuda.py tests/test_device.py --device cpu)
-    timeout 540 "$python" -m pytest -q -rs -p no:cacheprovider "${what[@]}" | tee "$out/tests.txt"
+    local how=(--device cuda -n 8 --dist worksteal -o filterwarnings=default)  # its libraries warn as they like
+    local others=(--ignore tests/test_cuda.py tests)
+    [ -z "$rehearse" ] || how=(--device cpu) others=(tests/test_device.py)
+    export TORCHINDUCTOR_COMPILE_THREADS=1  # a process has tests enough to do
+    {
+        timeout 240 "$python" -m pytest -q -rs -p no:cacheprovider "${how[@]}" tests/test_cuda.py || failed=1
+        timeout 290 "$python" -m pytest -q -rs -p no:cacheprovider "${how[@]}" "${others[@]}" || failed=1
+    } > >(tee "$out/tests.txt")
+    return "${failed:-0}"
 }
 
 speed() {

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def epoch(criterion: AIKDLoss, steps: int = 3) -> None:
 @contextmanager
 def waiting_is(mode: str) -> Iterator[None]:
     """What happens where the CPU waits for the GPU: "error" or "warn"."""
-    torch.cuda.set_sync_debug_mode(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
@@ -130,7 +133,8 @@ def test_forward_and_backward_in_a_cuda_graph_are_those_outside_of_it(how):
 
     def call():
         total, values = criterion(**given)
-        return total, values, torch.autograd.grad(total, given["student_logits"])
+        slopes = torch.autograd.grad(total, given["student_logits"])
+        return total.detach(), values, slopes  # and no graph, which would outlive its capture
 
     graph, result = captured(call)
     for _ in range(3):
@@ -169,15 +173,14 @@ def test_what_triton_makes_of_a_divergence_is_exact_to_five_digits(name):
     torch.compiler.reset()
     t = 3 * torch.randn(64, 1000, device=GPU)
     compiled = torch.compile(deterministic_kd, fullgraph=True)
-    for far in (1e-3, 1.0):
-        for temperature in (1.0, 100.0):
-            s = (t + far * torch.randn_like(t)).requires_grad_()
-            wide = s.detach().double().requires_grad_()
-            settings = dict(temperature=temperature, divergence=name)
-            value, exact = compiled(s, t, **settings), deterministic_kd(wide, t.double(), **settings)
-            assert_close(value.double(), exact, rtol=1e-5, atol=0)
-            slope, right = torch.autograd.grad(value, s)[0].double(), torch.autograd.grad(exact, wide)[0]
-            assert (slope - right).norm() <= 1e-5 * right.norm()
+    for far, temperature, offset in product((1e-3, 1.0), (1.0, 100.0), (0.0, 100.0)):
+        s = (t + far * torch.randn_like(t) + offset).requires_grad_()
+        wide = s.detach().double().requires_grad_()
+        settings = dict(temperature=temperature, divergence=name)
+        value, exact = compiled(s, t, **settings), deterministic_kd(wide, t.double(), **settings)
+        assert_close(value.double(), exact, rtol=1e-5, atol=0)
+        slope, right = torch.autograd.grad(value, s)[0].double(), torch.autograd.grad(exact, wide)[0]
+        assert (slope - right).norm() <= 1e-5 * right.norm()
 
 
 def test_the_method_is_compiled_once_for_all_epochs_and_stays_the_same():
@@ -217,13 +220,13 @@ def test_a_step_of_float16_that_overflows_is_left_out_and_training_goes_on():
     for i in range(40):
         with torch.autocast(GPU, torch.float16):
             given["student_logits"] = model(x)
-        total, _ = criterion(**given)
+        total, values = criterion(**given)
         sgd.zero_grad()
         scaler.scale(total).backward()
         scaler.step(sgd)
         scaler.update()
         criterion.update(**given)
-        losses.append(total.detach())
+        losses.append(values["progressive"])  # the adversarial term moves with its discriminator
         if i == 0:
             assert_close(model.state_dict(), start, rtol=0, atol=0)  # it was left out
     assert scaler.get_scale() < 2.0**30
@@ -297,16 +300,16 @@ def test_memory_does_not_grow():
 
 
 def test_a_large_loss_keeps_one_copy_of_its_logits():
-    """In float32; and beyond that what is needed for some rows at a time."""
-    s, t = torch.randn(2, 512, 50_257, device=GPU)
+    """In float32; and beyond that takes what is needed for some rows at a time."""
+    s, t = torch.randn(2, 4096, 50_257, device=GPU)
     copy_bytes, loss = 4 * s.numel(), DeterministicKD()
     s.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     value = loss(s, t)
     assert torch.cuda.memory_allocated() - before < 1.1 * copy_bytes
-    torch.cuda.reset_peak_memory_stats()
     value.backward()
-    assert torch.cuda.max_memory_allocated() - before < 2.2 * copy_bytes
+    assert torch.cuda.max_memory_allocated() - before < 1.8 * copy_bytes
 
 
 def test_criteria_move_to_the_gpu_and_back_with_what_they_carry():

@@ -10,13 +10,13 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_280, 2_150  # of all files
+LINES, CODE = 3_283, 2_152  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
     "_carrier.py": 147,
     "_checks.py": 252,
-    "_divergences.py": 97,
+    "_divergences.py": 99,
     "_file.py": 130,
     "_fused.py": 167,
     "_owned.py": 159,
@@ -28,7 +28,7 @@ BUDGETS = {
     "deterministic.py": 88,
     "discriminators.py": 50,
     "functional.py": 108,
-    "linear.py": 107,
+    "linear.py": 108,
     "objectives.py": 124,
     "progressive.py": 235,
     "schedules.py": 99,

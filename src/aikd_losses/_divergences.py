@@ -39,6 +39,8 @@ def log_softmaxes(t: Tensor, s: Tensor, temperature: float) -> tuple[Tensor, Ten
         log_p, log_q = (torch.log_softmax(x.double() / temperature, -1) for x in (t, s))
         return log_p, log_q, log_q - log_p
     t, s = wide(t, s)
+    # An offset between the sides says nothing, and would cost s - t its digits; an integer is taken off without rounding.
+    s = s - (s.amax(-1, keepdim=True) - t.amax(-1, keepdim=True)).detach().round()
     norms = [(x / temperature).logsumexp(-1, keepdim=True) for x in (t, s)]
     log_p, log_q = t / temperature - norms[0], s / temperature - norms[1]
     # (s - t)/T has all its digits, and the rest is the same for all classes of a row: what makes q sum to 1.

@@ -9,7 +9,8 @@ from . import _checks
 from ._divergences import divergence_rows, no_autocast, wide
 from ._fused import Slopes, in_blocks, with_its_gradient
 
-LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32
+LINEAR_BLOCK = 2**21  # logits of either side that exist at a time: 8 MB in float32, and
+DEVICE_BLOCK = 2**24  # on other devices, for which a product of few rows is no work
 
 
 def linear_deterministic_kd(
@@ -93,7 +94,7 @@ def _in_blocks(temperature: float, wanted: bool, *tensors: Tensor) -> tuple[Tens
     counts = tensors[-1]
     (h, w, b), (teacher_h, teacher_w, teacher_b) = wide(*tensors[:3]), wide(*tensors[3:6])  # once, and not a block
     total, slopes = h.new_zeros(()), [torch.zeros_like(x) for x in (h, w, b)] if wanted else []
-    step = max(1, LINEAR_BLOCK // len(w))
+    step = max(1, (LINEAR_BLOCK if h.is_cpu else DEVICE_BLOCK) // len(w))
     for start in range(0, len(h), step):
         rows = slice(start, start + step)
         logits = _logits(h[rows], w, b, counts[rows]), _logits(teacher_h[rows], teacher_w, teacher_b, counts[rows])
