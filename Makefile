@@ -38,9 +38,9 @@ benchmark: .venv/ready       ## what a term costs; writes benchmarks/results/
 import-time: .venv/ready     ## what importing costs beyond torch; writes benchmarks/results/
 	$(BIN)/python benchmarks/import_time.py $(ARGS)
 
-study: .venv/ready           ## the study of accuracy, two small tasks on MNIST-1D; writes runs/study/
+study: .venv/ready           ## one task of the study of accuracy once more, by the settings that were found; writes runs/study/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study]'
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study/accuracy.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study/accuracy.py $(or $(ARGS),--repeat mnist1d-4000-40-mlp)
 
 coverage: .venv/ready        ## every line and branch of src/ is run by a test, or says why not
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=100 $(PYTEST_ARGS)

@@ -1,9 +1,9 @@
-"""The study of accuracy: its metrics, its methods, what it searches, and that it goes on where it was stopped."""
+"""The study of accuracy: its metrics, runs side by side, its methods, its search, and that it goes on where it was stopped."""
 
 from __future__ import annotations
 
-import re
-import sys
+import dataclasses
+import json
 
 import _report
 import accuracy
@@ -12,19 +12,28 @@ import report
 import scores
 import tasks
 import torch
-from methods import METHODS
+import torch.nn.functional as F
+import train
+from methods import METHODS, Discriminators, another_of_the_class
+from torch import nn
+from torch.testing import assert_close
+from train import Run
 
-TASK = accuracy.Task("mnist1d-200-20", "mlp")
+from aikd_losses import MLPDiscriminator
+
+TASK = tasks.Task("mnist1d", 200, 20, "mlp", 2, validation=100)
+IMAGES = tasks.Task("fashion-mnist", 200, 20, "resnet", 2, augment=False, validation=100)
 
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(500, 40, generator=g), torch.randint(10, (500,), generator=g)
-    monkeypatch.setattr(tasks, "pool", lambda source, folder=None: (x, y, x[:100], y[:100]))
-    monkeypatch.setattr(accuracy, "steps_of", lambda task: 4)
+    x, images, y = torch.randn(500, 40, generator=g), torch.randn(500, 1, 8, 8, generator=g), torch.arange(500) % 10
+    pools = {"mnist1d": (x, y, x[:100], y[:100]), "fashion-mnist": (images, y, images[:100], y[:100])}
+    monkeypatch.setattr(tasks, "pool", lambda source, folder=None: pools[source])
     monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
-    accuracy.pretrained.cache_clear()
+    monkeypatch.setitem(tasks.TASKS, TASK.name, TASK)
+    train.pretrained.cache_clear()
 
 
 def test_metrics_are_their_definitions():
@@ -52,134 +61,261 @@ def test_the_best_temperature_undoes_a_scale(temperature, fit):
     assert fit(temperature * logits, target) == pytest.approx(temperature, rel=0.1)
 
 
-def test_labels_are_as_wrong_as_the_task_says_and_the_true_ones_are_kept_apart():
-    data = tasks.draw(TASK, 0)
-    assert len(data.y) == 200
-    assert (data.validation_y != data.validation_true).float().mean() == 0.2
+def test_labels_are_as_wrong_as_the_task_says_and_a_seed_draws_the_same_in_any_company():
+    data, alone = tasks.draw(TASK, [3, 4]), tasks.draw(TASK, [4])
+    assert (data.validation_y != data.validation_true).float().mean(1).tolist() == pytest.approx([0.2, 0.2])
     x, y, *_ = tasks.pool("mnist1d")
-    true = torch.stack([y[(x == row).all(-1)][0] for row in data.x])
-    assert (data.y != true).float().mean() == 0.2
-    assert not (data.x.unsqueeze(1) == data.validation_x).all(-1).any()  # nothing is in both
+    for run in range(2):
+        true = torch.stack([y[(x == row).all(-1)][0] for row in data.x[run]])
+        assert (data.y[run] != true).float().mean() == pytest.approx(0.2)
+        assert not (data.x[run].unsqueeze(1) == data.validation_x[run]).all(-1).any()  # nothing is in both
+    for one, other in zip(vars(alone).values(), vars(data).values(), strict=True):
+        if isinstance(one, torch.Tensor) and one.ndim > 1 and len(one) == 1:
+            assert_close(one[0], other[1])
 
 
 def test_images_are_read_by_the_examples_reader_and_scaled():
-    x, y, test_x, test_y = tasks.images("fashion-mnist-mini", None)
+    from _data import MINI
+
+    x, y, test_x, test_y = tasks.images(MINI)
     assert x.shape[1:] == test_x.shape[1:] == (1, 28, 28)
     assert [len(x), len(test_x)] == [len(y), len(test_y)]
     assert x.mean() == pytest.approx(0, abs=1e-3)
     assert x.std() == pytest.approx(1, abs=1e-3)
     with pytest.raises(SystemExit, match="--data-dir"):
-        tasks.images("fashion-mnist", None)
+        tasks.images(None)
+
+
+def test_an_augmented_image_is_shifted_by_up_to_two_pixels_and_maybe_flipped():
+    x = torch.rand(2, 30, 1, 8, 8)
+    for image, moved in zip(x.flatten(0, 2), tasks.augmented(x).flatten(0, 2), strict=True):
+        padded = F.pad(image, (2, 2, 2, 2))
+        crops = [padded[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+        assert any(torch.equal(moved, y) for crop in crops for y in (crop, crop.flip(1)))
+
+
+# ------------------------------------------------------------------------------------------------------- runs side by side
+
+
+def alone(task, run, start):
+    """The same by torch's own optimizer, in a plain loop."""
+    data, model = tasks.draw(task, [run.seed]), tasks.network(task, [start])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=run.weight_decay)
+    g, steps = torch.Generator().manual_seed(start + 1), 2 * task.epochs
+    for epoch in range(task.epochs):
+        order = torch.randperm(task.size, generator=g)
+        for step in range(2):
+            index = order[100 * step : 100 * (step + 1)]
+            optimizer.param_groups[0]["lr"] = run.lr * train.learning_rate((2 * epoch + step + 1) / steps)
+            optimizer.zero_grad()
+            F.cross_entropy(model(data.x[:, index])[0], data.y[0, index]).backward()
+            optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("task", [TASK, dataclasses.replace(TASK, net="cnn"), IMAGES], ids=lambda task: task.net)
+def test_runs_side_by_side_are_those_alone_whatever_their_settings(task):
+    runs = [Run("cross-entropy", 0, 0.1, 1e-3), Run("cross-entropy", 0, 0.3, 0.0), Run("cross-entropy", 1, 0.1, 1e-2)]
+    together = train.trained(task, runs, [5, 6, 5], None)
+    x = tasks.draw(task, [7]).x
+    logits = scores.logits_of(together, x.expand(3, *x.shape[1:]))
+    for i, (run, start) in enumerate(zip(runs, [5, 6, 5], strict=True)):
+        assert_close(logits[i], scores.logits_of(alone(task, run, start), x)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["label smoothing", "deterministic", "PS-KD", "det + PS-KD"]
+)  # the others draw at random
+def test_methods_keep_runs_apart(name):
+    runs = [Run(name, 0, 0.1, 1e-3), Run(name, 1, 0.2, 0.0)]
+    needs = METHODS[name]().needs_teacher
+
+    def logits(seeds):
+        teacher = train.pretrained(TASK, tuple(seeds), 0.1, 1e-3) if needs else None
+        model = train.trained(TASK, [runs[seed] for seed in seeds], [50 + seed for seed in seeds], teacher)
+        return scores.logits_of(model, tasks.draw(TASK, seeds).validation_x)
+
+    both = logits([0, 1])
+    for seed in (0, 1):
+        assert_close(both[seed], logits([seed])[0], rtol=1e-3, atol=1e-4)
+
+
+def test_discriminators_side_by_side_are_mlp_discriminators():
+    torch.manual_seed(0)
+    together, rows = Discriminators(3, 4, 5), torch.randn(2, 3, 4, 5)
+    for run in range(3):
+        alone = MLPDiscriminator(5)
+        linear = [layer for layer in alone.modules() if isinstance(layer, nn.Linear)]
+        for layer, of in zip(linear, together.layers, strict=True):
+            layer.weight.data, layer.bias.data = of.weight[run].T, of.bias[run, 0]
+        for sides in (rows, rows[:1]):
+            found = together(sides.flatten(0, 2)).view(-1, 3, 4)[:, run]
+            assert_close(found, alone(sides[:, run].flatten(0, 1)).view(-1, 4))
+
+
+def test_a_pretrained_model_is_the_same_in_any_company_and_from_a_file():
+    x = tasks.draw(TASK, [0]).validation_x
+    both = train.pretrained(TASK, (0, 1), 0.1, 1e-3)
+    train.pretrained.cache_clear()
+    read = train.pretrained(TASK, (1, 0, 0), 0.1, 1e-3)
+    assert not any(p.requires_grad for p in read.parameters())
+    of_both, of_read = (scores.logits_of(model, x.expand(n, *x.shape[1:])) for model, n in ((both, 2), (read, 3)))
+    assert_close(of_read, of_both[[1, 0, 0]])
+    assert_close(
+        scores.logits_of(alone(TASK, Run("cross-entropy", 0, 0.1, 1e-3), 0), x)[0], of_both[0], rtol=1e-3, atol=1e-4
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- methods
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_says_how_it_did(name):
     def nll(own):
-        line = accuracy.run(accuracy.Run(TASK, name, 0, 0.1, 1e-3, own, (0.1, 1e-3)))
-        assert 0 <= line["accuracy"] <= 100
-        return line["nll"]
+        lines = train.results(TASK.name, [Run(name, seed, 0.5, 1e-3, own) for seed in (0, 1)], (0.5, 1e-3), test=True)
+        assert all(0 <= line["accuracy"] <= 100 for line in lines)
+        return [line["nll"] for line in lines]
 
-    assert nll(None) == nll(None) > 0
+    assert nll(None) == nll(None)
     for own in METHODS[name]().grid[:1]:
         assert nll(own) != nll(None)  # the setting does something
 
 
-def test_stopping_early_ends_with_the_best_epochs_weights(monkeypatch):
-    """The validation accuracy of the run is the best of its epochs, which a run that is never stopped passes through too."""
-    monkeypatch.setattr(accuracy, "steps_of", lambda task: 40)
-    seen: list[float] = []
-    data = tasks.draw(TASK, 1)
-
-    class Watched(METHODS["ce"]):
-        def after_epoch(self):
-            logits = accuracy.logits_of(self.model, data.validation_x)
-            seen.append(100 * float((logits.argmax(-1) == data.validation_y).float().mean()))
-
-    accuracy.train(TASK, data, Watched(), 500_000, 0.3, 0.0)
-    stopped = METHODS["ce stopped early"]()
-    model = accuracy.train(TASK, data, stopped, 500_000, 0.3, 0.0)
-    held = accuracy.logits_of(model, data.validation_x)
-    assert len(seen) == 20
-    assert seen[-1] < max(seen)
-    assert 100 * float((held.argmax(-1) == data.validation_y).float().mean()) == max(seen)
-    assert stopped.report() == {"stopped": 1 + seen.index(max(seen)), "epochs": 20}
+def test_a_search_does_not_look_at_the_test_set(monkeypatch):
+    monkeypatch.setattr(train, "metrics", None)
+    (line,) = train.results(TASK.name, [Run("cross-entropy", 0, 0.1, 1e-3)], None, test=False)
+    assert line.keys() == {"method", "seed", "lr", "weight_decay", "own", "validation"}
 
 
-def test_a_study_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(accuracy, "LEARNING_RATES", (0.03, 0.1, 0.3))
-    monkeypatch.setattr(accuracy, "WEIGHT_DECAYS", (1e-3,))
-
-    def lines(*more):
-        argv = ["--data", TASK.data, "--net", TASK.net, "--methods", "mixup", "--seeds", "2", "--jobs", "1"]
-        monkeypatch.setattr(sys, "argv", ["accuracy", *argv, "--results", str(tmp_path), *more])
-        accuracy.main()
-        return sorted(re.sub('"seconds": [0-9.]+', "", line) for line in path.read_text().splitlines())
-
-    path = tmp_path / f"{TASK.name}.jsonl"
-    untuned = lines()
-    assert len(untuned) == 1 + 2 * 2  # the machine; two methods on two seeds
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "NOT SEARCHED, so no verdict: learning rate 0.05 and weight decay 0.005" in printed
-    tuned = lines("--tune")
-    assert len(tuned) == len(untuned) + 3 * 2 + (3 + 3) * 2 + 2 * 2  # the grid, mixup's also its own; the study
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "NOT SEARCHED" not in printed
-    assert "AT THE EDGE of the grid, so perhaps not at its best: weight decay of ce, mixup." in printed
-    path.write_text("\n".join(path.read_text().splitlines()[:-3]) + "\n")  # stopped three runs earlier
-    assert lines("--tune") == tuned
+def test_a_partner_is_a_sample_of_the_same_label_in_the_same_run_and_all_of_them_come():
+    data = tasks.draw(TASK, [0, 1])
+    drawn, index = another_of_the_class(data), torch.arange(200).expand(2, 200)
+    partners = torch.stack([drawn(index) for _ in range(200)])
+    assert all(torch.equal(data.labels(partner), data.y) for partner in partners)
+    assert len(set(partners[:, 0, 0].tolist())) == int((data.y[0] == data.y[0, 0]).sum())
 
 
-def test_the_search_is_the_same_for_every_method_and_what_ends_at_an_edge_is_named(monkeypatch):
-    """Fake runs: cross-entropy likes the middle of the grid, the others its ends, in the mean of the seeds."""
-    rates, decays = accuracy.LEARNING_RATES, accuracy.WEIGHT_DECAYS
-    likes = {"ce": (0.1, 6e-3), "label smoothing": (rates[-1], 2e-2), "mixup": (0.3, decays[0])}
-    runs_of: dict[str, list] = {name: [] for name in likes}
+# -------------------------------------------------------------------------------------------------------------- the search
 
-    def fake(runs, *_):
+LIKES = {"cross-entropy": (0.1, 2e-3), "mixup": (0.9, 2e-3), "full": (0.052, 2e-4)}  # off the grid that it begins with
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs that take no time: accuracy on validation samples falls with the distance from what a method likes."""
+    asked = []
+
+    def results(name, runs, teacher, test):
+        asked.extend((run, teacher, test) for run in runs)
         lines = []
-        for r in runs:
-            runs_of[r.method].append(r)
-            of_seed = {1000: 90, 1001: 10}[r.seed]  # the best of one seed, and not in the mean
-            lines.append(vars(r) | {"validation": 60 if (r.lr, r.weight_decay) == likes[r.method] else of_seed})
+        for run in runs:
+            lr, decay = LIKES[run.method]
+            away = [torch.tensor(a / b).log().abs().item() for a, b in ((run.lr, lr), (run.weight_decay, decay))]
+            line = vars(run) | {"validation": 80 - sum(away) + (run.own == 0.5) + {1000: 5, 1001: -5}.get(run.seed, 0)}
+            lines.append(
+                line | ({"accuracy": 70.0 + run.seed, "nll_scaled": 1.0, "ece": 2.0, "seconds": 0.1} if test else {})
+            )
         return lines
 
-    monkeypatch.setattr(accuracy, "run_all", fake)
-    tuned = accuracy.tune(TASK, list(likes), None, 1, None)
-    assert {name: (at["lr"], at["weight_decay"]) for name, at in tuned.items()} == likes
-    grid = len(rates) * len(decays)
-    assert [len(runs) for runs in runs_of.values()] == [2 * grid, 2 * (grid + 3), 2 * (grid + 3)]
-    assert {r.teacher for r in runs_of["ce"]} == {None}
-    assert {r.teacher for r in runs_of["mixup"]} == {likes["ce"]}
-    own = [r for r in runs_of["mixup"] if r.own is not None]
-    assert {(r.lr, r.weight_decay) for r in own} == {likes["mixup"]}
-    start = "AT THE EDGE of the grid, so perhaps not at its best: "
-    edges = ["learning rate of label smoothing.", "weight decay of mixup."]
-    assert accuracy.doubts(list(likes), tuned) == [start + edge for edge in edges]
+    monkeypatch.setattr(accuracy, "results", results)
+    monkeypatch.setattr(accuracy.multiprocessing, "get_context", lambda _: InTurn())
+    return asked
 
 
-def test_a_run_is_another_one_with_another_pretrained_model_only_if_it_has_one():
-    def key(method, teacher):
-        return accuracy.Run(TASK, method, 0, 0.1, 0.02, None, teacher).key()
+class InTurn:
+    """A pool of workers that is this process."""
 
-    for method in ("ce", "mixup", "progressive"):
-        assert key(method, (0.1, 0.02)) == key(method, (0.03, 0.005))
-    for method in ("deterministic", "full", "full handing over"):
-        assert key(method, (0.1, 0.02)) != key(method, (0.03, 0.005))
-    assert key("ce", None) != key("ce", (0.1, 0.02))  # the pre-trained model itself starts elsewhere
+    def Pool(self, _):  # noqa: N802
+        return self
+
+    def apply_async(self, function, arguments):
+        result = function(*arguments)
+        return type("Result", (), {"get": lambda self: result})()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+ARGUMENTS = ["--task", TASK.name, "--methods", "mixup,full", "--seeds", "2", "--jobs", "1", "--results"]
+
+
+def test_every_method_is_at_its_optimum_inside_of_one_grid_and_with_as_many_trials(pretended, tmp_path):
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    study = accuracy.Study(TASK.name, tmp_path, 1, 0.0, None)
+    best = {name: study.best(name) for name in LIKES}
+    assert {name: (x["lr"], x["weight_decay"]) for name, x in best.items()} == LIKES
+    assert best["mixup"]["own"] == 0.5
+    rates, decays = study.grid
+    assert rates == [0.01, 0.03, 0.1, 0.3, 0.9, 3.0]
+    assert decays == [7e-5, 2e-4, 6e-4, 2e-3, 6e-3]
+    trials = {name: [run for run, _, test in pretended if run.method == name and not test] for name in LIKES}
+    on_the_grid = 2 * len(rates) * len(decays)
+    assert [len(runs) for runs in trials.values()] == [
+        on_the_grid + 2 * 4,
+        on_the_grid + 2 * (4 + 2),
+        on_the_grid + 2 * 4,
+    ]
+    assert all(len(set(runs)) == len(runs) for runs in trials.values())
+    assert {teacher for run, teacher, _ in pretended if run.method == "full"} == {LIKES["cross-entropy"]}
+    final = [run for run, _, test in pretended if test]
+    assert {(run.method, run.seed) for run in final} == {(name, seed) for name in LIKES for seed in (0, 1)}
+    assert all((run.lr, run.weight_decay, run.own) == tuple(best[run.method].values())[:3] for run in final)
+
+
+def test_a_study_goes_on_where_it_was_stopped(pretended, tmp_path, capsys):
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    path = tmp_path / f"{TASK.name}.jsonl"
+    whole = path.read_text().splitlines()
+    for kept in (1, 40, len(whole) - 3, len(whole)):
+        path.write_text("\n".join(whole[:kept]) + "\n")
+        pretended.clear()
+        accuracy.main([*ARGUMENTS, str(tmp_path)])
+        runs = [json.loads(line) for line in whole[kept:]]
+        assert len(pretended) == sum("method" in line for line in runs)
+        assert sorted(path.read_text().splitlines()) == sorted(whole)
+    path.write_text("\n".join(whole[:40]) + "\n")
+    capsys.readouterr()
+    accuracy.main([*ARGUMENTS, str(tmp_path), "--minutes", "0"])
+    assert "out of time; call again to go on" in capsys.readouterr().out
+
+
+def test_repeating_a_task_runs_its_seeds_once_more_by_what_was_found(pretended, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "AGAIN", tmp_path / "again")
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    before = {(run, teacher) for run, teacher, test in pretended if test}
+    pretended.clear()
+    capsys.readouterr()
+    accuracy.main(["--repeat", TASK.name, "--seeds", "2", "--jobs", "1", "--results", str(tmp_path)])
+    assert {(run, teacher) for run, teacher, _ in pretended} == before
+    printed = capsys.readouterr().out
+    assert "as found" in printed
+    assert "once more" in printed
 
 
 def test_a_gain_is_paired_over_the_seeds_that_both_have():
     found = {
-        "ce": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 9.0}},
+        "cross-entropy": {0: {"accuracy": 50.0}, 1: {"accuracy": 60.0}, 2: {"accuracy": 9.0}},
         "mixup": {0: {"accuracy": 51.0}, 1: {"accuracy": 63.0}, 3: {"accuracy": 99.0}},
     }
-    gained = report.gains(found, "mixup", "accuracy")
+    gained = report.gains(found, "mixup")
     assert gained == [1.0, 3.0]
     assert report.spread(gained, "+.2f") == "+2.00 ± 1.00"  # deviation sqrt(2), over the root of two seeds
     assert report.spread([1.0], "+.2f") == "+1.00"
 
 
-def test_many_samples_are_seen_ten_times(monkeypatch):
-    monkeypatch.undo()
-    for size, steps in ((1_000, 600), (2_000, 600), (4_000, 1_200), (58_000, 5_800)):
-        assert accuracy.steps_of(accuracy.Task(f"mnist1d-{size}-0", "mlp")) == steps
+def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended, tmp_path, monkeypatch):
+    shown = accuracy.PAGE.read_text()
+    assert accuracy.filled(shown) == shown
+    monkeypatch.setattr(accuracy, "FOLDER", tmp_path)
+    monkeypatch.setattr(accuracy, "TASKS", {TASK.name: TASK})
+    monkeypatch.setattr(accuracy, "SEEDS", (0, 1))
+    monkeypatch.setattr(report, "METHODS", LIKES)
+    assert "No task is done yet." in accuracy.filled(shown)
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    page = accuracy.filled(shown)
+    assert f"### {TASK.name}\n\n| method | found | accuracy, % |" in page
+    # accuracy is 70 and 71 on the two seeds, for all
+    assert "| mixup | 0.9, 0.002, 0.5 | 70.50 ± 0.50 | +0.00 ± 0.00 | 1.000 ± 0.000 | 2.0 ± 0.0 | 0.1 |" in page

@@ -1,18 +1,25 @@
-"""The methods that `accuracy.py` compares: what each makes of a batch. Those of the library are built from it."""
+"""The methods that `accuracy.py` compares: what each makes of a batch, for several runs side by side. Those of the library are
+built from it.
+
+A loss is the sum over the runs, so that each run has the gradients that it has alone.
+"""
 
 from __future__ import annotations
 
-import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scores import logits_of, percent_right
+from scores import logits_of
+from tasks import BATCH, Data, Linear, augmented
 from torch import Tensor, nn
 
 from aikd_losses import AIKDLoss, DeterministicKD, LinearRamp, LossStack
+
+PRO, DET, ADV = "progressive", "deterministic", "adversarial"
 
 
 class Method:
@@ -21,24 +28,28 @@ class Method:
     grid: tuple[float, ...] = ()  # values of the setting `own`, beside the one it comes with
     length = 1  # times the budget
     needs_teacher = False
-    teacher: nn.Module | None = None
 
     def __init__(self, own: float | None = None) -> None:
         self.own = own
 
-    def begin(self, model: nn.Module, data: Any, epochs: int) -> None:
-        self.model, self.data, self.epochs = model, data, epochs
+    def begin(self, model: nn.Module, data: Data, epochs: int, augment: bool, teacher: nn.Module | None) -> None:
+        self.model, self.data, self.epochs, self.augment, self.teacher = model, data, epochs, augment, teacher
 
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        return F.cross_entropy(self.model(self.data.x[index]), self.data.y[index])
+    def inputs(self, index: Tensor) -> Tensor:
+        x = self.data.images(index)
+        return augmented(x) if self.augment else x
+
+    def loss(self, index: Tensor) -> Tensor:
+        return cross_entropy(self.model(self.inputs(index)), self.data.labels(index))
 
     def after_step(self) -> None: ...
 
     def after_epoch(self) -> None: ...
 
-    def report(self) -> dict[str, Any]:
-        """What is worth keeping beside the metrics."""
-        return {}
+
+def cross_entropy(logits: Tensor, target: Tensor, **settings: Any) -> Tensor:
+    """Summed over the runs, of means over their samples."""
+    return len(logits) * F.cross_entropy(logits.flatten(0, 1), target.flatten(), **settings)
 
 
 class TwiceAsLong(Method):
@@ -47,54 +58,43 @@ class TwiceAsLong(Method):
     length = 2
 
 
-class StoppedEarly(Method):
-    """The weights of the epoch with the best accuracy on the validation samples, which no other method sees while it trains."""
-
-    def begin(self, model: nn.Module, data: Any, epochs: int) -> None:
-        super().begin(model, data, epochs)
-        self.validation: list[float] = []
-
-    def after_epoch(self) -> None:
-        self.validation.append(percent_right(logits_of(self.model, self.data.validation_x), self.data.validation_y))
-        if self.validation[-1] > max(self.validation[:-1], default=-1.0):
-            self.weights = copy.deepcopy(self.model.state_dict())
-        if len(self.validation) == self.epochs:
-            self.model.load_state_dict(self.weights)
-
-    def report(self) -> dict[str, Any]:
-        return {"stopped": self.validation.index(max(self.validation)) + 1, "epochs": self.epochs}
-
-
-class Scheduled(Method):
-    """The weight of cross-entropy falls: the relative weight decay that a progressive target brings with it."""
-
-    grid = (0.6, 0.9)
-
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        return (1 - (self.own or 0.8) * progress) * super().loss(index, progress)
-
-
 class LabelSmoothing(Method):
     """Szegedy et al., 2016, https://arxiv.org/abs/1512.00567."""
 
-    grid = (0.05, 0.2, 0.4)
+    grid = (0.2, 0.4)
 
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        return F.cross_entropy(self.model(self.data.x[index]), self.data.y[index], label_smoothing=self.own or 0.1)
+    def loss(self, index: Tensor) -> Tensor:
+        logits = self.model(self.inputs(index))
+        return cross_entropy(logits, self.data.labels(index), label_smoothing=self.own or 0.1)
 
 
 class Mixup(Method):
     """Zhang et al., 2018, https://arxiv.org/abs/1710.09412; `own` is both parameters of the beta distribution."""
 
-    grid = (0.1, 0.5, 1.0)
+    grid = (0.5, 1.0)
 
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        a = self.own or 0.2
-        share = float(torch.distributions.Beta(a, a).sample())
-        partner = index[torch.randperm(len(index))]
-        logits = self.model(share * self.data.x[index] + (1 - share) * self.data.x[partner])
-        first, second = (F.cross_entropy(logits, self.data.y[i]) for i in (index, partner))
-        return share * first + (1 - share) * second
+    def loss(self, index: Tensor) -> Tensor:
+        a, order = self.own or 0.2, torch.randperm(index.shape[1])
+        share = torch.distributions.Beta(a, a).sample((len(index), 1))  # one a run
+        x, y = self.inputs(index), self.data.labels(index)
+        of_x = share.view(-1, *[1] * (x.ndim - 1))
+        log_q = self.model(of_x * x + (1 - of_x) * x[:, order]).log_softmax(-1)
+        first, second = (F.nll_loss(log_q.flatten(0, 1), z.flatten(), reduction="none") for z in (y, y[:, order]))
+        return (share * first.view_as(y) + (1 - share) * second.view_as(y)).mean(1).sum()
+
+
+def another_of_the_class(data: Data) -> Callable[[Tensor], Tensor]:
+    """From ids (S, B) to those of random samples with the same label in the same run."""
+    by_class = data.y.argsort(dim=1, stable=True)
+    counts = F.one_hot(data.y, data.num_classes).sum(1)
+    first = counts.cumsum(1) - counts
+
+    def drawn(index: Tensor) -> Tensor:
+        y = data.labels(index)
+        place = first.gather(1, y) + (torch.rand(index.shape) * counts.gather(1, y)).long()
+        return by_class.gather(1, place)
+
+    return drawn
 
 
 class ClassWise(Method):
@@ -102,22 +102,20 @@ class ClassWise(Method):
 
     grid = (0.5, 2.0)
 
-    def begin(self, model: nn.Module, data: Any, epochs: int) -> None:
-        super().begin(model, data, epochs)
-        self.of_class = [(data.y == c).nonzero().squeeze(-1) for c in range(data.num_classes)]
-        self.kd = DeterministicKD(temperature=4.0)
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.partner, self.kd = another_of_the_class(self.data), DeterministicKD(temperature=4.0, class_dim=-1)
 
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        y = self.data.y[index]
-        partner = torch.stack([self.of_class[c][torch.randint(len(self.of_class[c]), ())] for c in y.tolist()])
-        logits = self.model(self.data.x[index])
+    def loss(self, index: Tensor) -> Tensor:
+        logits = self.model(self.inputs(index))
         with torch.no_grad():
-            other = self.model(self.data.x[partner])
-        return F.cross_entropy(logits, y) + (self.own or 1.0) * self.kd(logits, other)
+            other = self.model(self.inputs(self.partner(index)))
+        kd = len(logits) * self.kd(logits, other)
+        return cross_entropy(logits, self.data.labels(index)) + (self.own or 1.0) * kd
 
 
 class Ours(Method):
-    """AIKDLoss as it comes, or some of its terms; labels, previous predictions and pre-trained model share the weight.
+    """`AIKDLoss`, or some of its terms; labels, previous predictions and pre-trained model share the weight.
 
     `own` is the setting of AIKDLoss that `of` makes of it.
     """
@@ -126,88 +124,123 @@ class Ours(Method):
         self,
         own: float | None = None,
         *,
-        terms: tuple[str, ...],
+        terms: tuple[str, ...] = (PRO, DET, ADV),
         grid: tuple[float, ...] = (),
         of: Callable[[float], dict[str, Any]] = lambda own: {},
     ) -> None:
         super().__init__(own)
         self.terms, self.grid, self.of = terms, grid, of
-        self.needs_teacher = terms != ("progressive",)
+        self.needs_teacher = terms != (PRO,)
 
-    def criterion(self, n: int, classes: int) -> LossStack:
-        full = AIKDLoss(n, classes, self.epochs, **({} if self.own is None else self.of(self.own)))
+    def criterion(self, **settings: Any) -> LossStack:
+        runs, n = self.data.y.shape
+        return AIKDLoss(
+            runs * n, self.data.num_classes, self.epochs, class_dim=-1,
+            discriminator=Discriminators(runs, BATCH, self.data.num_classes), **settings,
+        )  # fmt: skip
+
+    def some_terms(self) -> LossStack:
+        full = self.criterion(**({} if self.own is None else self.of(self.own)))
         if set(self.terms) == set(full.terms):
             return full
         terms: dict[str, nn.Module] = {name: full.terms[name] for name in self.terms}
         weights = {name: full.weights[name] for name in self.terms}
-        labels = "progressive" if "progressive" in terms else "cross_entropy"
-        terms.setdefault(labels, nn.CrossEntropyLoss())
-        weights[labels] = 0.5 if "deterministic" in terms else 1.0
+        labels = PRO if PRO in terms else "cross_entropy"
+        terms.setdefault(labels, Flat())
+        weights[labels] = 0.5 if DET in terms else 1.0
         return LossStack(terms, weights=weights)
 
-    def begin(self, model: nn.Module, data: Any, epochs: int) -> None:
-        super().begin(model, data, epochs)
-        self.teacher_logits = None if self.teacher is None else logits_of(self.teacher, data.x)
-        self.stack = self.criterion(len(data.y), data.num_classes)
-        self.accuracies: list[float] = []
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.offset = len(self.data.y[0]) * torch.arange(len(self.data.y))[:, None]
+        # Of images that stay as they are the pre-trained model says the same each time.
+        self.known = logits_of(self.teacher, self.data.x) if self.teacher is not None and not self.augment else None
+        self.stack = self.some_terms()
 
-    def loss(self, index: Tensor, progress: float) -> Tensor:
-        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[index]
-        student_logits = self.model(self.data.x[index])
-        self.tensors = dict(student_logits=student_logits, teacher_logits=teacher_logits, index=index)
-        return self.stack(**self.tensors, target=self.data.y[index])[0]
+    def given(self, index: Tensor) -> dict[str, Tensor]:
+        x = self.inputs(index)
+        given = {"student_logits": self.model(x), "index": index + self.offset}
+        if self.known is not None:
+            given["teacher_logits"] = self.known[torch.arange(len(index))[:, None], index]
+        elif self.teacher is not None:
+            with torch.no_grad():
+                given["teacher_logits"] = self.teacher(x)
+        return given
+
+    def loss(self, index: Tensor) -> Tensor:
+        self.tensors = self.given(index)
+        return len(index) * self.stack(**self.tensors, target=self.data.labels(index))[0]
 
     def after_step(self) -> None:
         self.stack.update(**self.tensors)
 
     def after_epoch(self) -> None:
         self.stack.advance_epoch()
-        health = self.stack.diagnostics()
-        if health:
-            self.accuracies.append(float(health["adversarial/accuracy"]))
-
-    def report(self) -> dict[str, Any]:
-        return {"discriminator_accuracy": [round(a, 3) for a in self.accuracies]} if self.accuracies else {}
 
 
 class HandingOver(Ours):
     """The pre-trained model's share falls from a half to nothing, and one's own predictions take its place."""
 
-    def criterion(self, n: int, classes: int) -> LossStack:
-        shares = {
-            "progressive": LinearRamp(1.0, self.epochs, start=0.5),
-            "deterministic": LinearRamp(0.0, self.epochs, start=0.5),
-        }
-        return AIKDLoss(n, classes, self.epochs, weights=shares)
+    def criterion(self, **settings: Any) -> LossStack:
+        shares = {PRO: LinearRamp(1.0, self.epochs, start=0.5), DET: LinearRamp(0.0, self.epochs, start=0.5)}
+        return super().criterion(weights=shares, **settings)
 
 
-def temperature(own: float) -> dict[str, Any]:
-    return {"temperature": own}
+class WithClassWise(Ours):
+    """A stack of one's own: the full method, and CS-KD as one more `DeterministicKD`, whose teacher is another sample."""
+
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.partner = another_of_the_class(self.data)
+
+    def some_terms(self) -> LossStack:
+        full = self.criterion()
+        return LossStack(
+            {**full.terms, "class_wise": DeterministicKD(temperature=4.0, class_dim=-1)},
+            weights={**full.weights, "class_wise": self.own or 1.0},
+            inputs={"class_wise": {"teacher_logits": "partner_logits"}},
+        )
+
+    def given(self, index: Tensor) -> dict[str, Tensor]:
+        given = super().given(index)
+        with torch.no_grad():
+            return given | {"partner_logits": self.model(self.inputs(self.partner(index)))}
 
 
-def alpha(own: float) -> dict[str, Any]:
-    return {"alpha": own}
+class Flat(nn.Module):
+    """Cross-entropy of all runs together."""
+
+    def forward(self, student_logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(student_logits.flatten(0, 1), target.flatten())
 
 
-def adversarial(own: float) -> dict[str, Any]:
-    return {"weights": {"adversarial": own}}
+class Discriminators(nn.Module):
+    """`MLPDiscriminator` for each run; rows are those of one side or of both, run after run."""
+
+    def __init__(self, runs: int, batch: int, num_classes: int) -> None:
+        super().__init__()
+        self.shape = (runs, batch, num_classes)
+        widths = (num_classes, 64, 64, 1)
+        self.layers = nn.ModuleList(Linear(runs, a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        x = rows.view(-1, *self.shape).transpose(1, 2).flatten(0, 1).flatten(1)  # (sides * batch, runs * classes)
+        for i, layer in enumerate(self.layers):
+            x = layer(F.leaky_relu(x, 0.2) if i else x)
+        runs, batch, _ = self.shape
+        return x.view(-1, batch, runs).transpose(1, 2).flatten()
 
 
-PRO, DET, ADV = "progressive", "deterministic", "adversarial"
 METHODS: dict[str, Callable[..., Method]] = {
-    "ce": Method,
-    "ce twice as long": TwiceAsLong,
-    "ce stopped early": StoppedEarly,
-    "ce scheduled": Scheduled,
+    "cross-entropy": Method,
+    "twice as long": TwiceAsLong,
     "label smoothing": LabelSmoothing,
     "mixup": Mixup,
-    "cs-kd": ClassWise,
-    "deterministic": functools.partial(Ours, terms=(DET,), of=temperature, grid=(1.0, 4.0)),
-    "progressive": functools.partial(Ours, terms=(PRO,), of=alpha, grid=(0.6, 0.9)),
-    "adversarial": functools.partial(Ours, terms=(ADV,), of=adversarial, grid=(0.3, 3.0)),
-    "det+pro": functools.partial(Ours, terms=(PRO, DET), of=temperature, grid=(1.0, 4.0)),
-    "det+adv": functools.partial(Ours, terms=(DET, ADV), of=adversarial, grid=(0.3, 3.0)),
-    "pro+adv": functools.partial(Ours, terms=(PRO, ADV), of=adversarial, grid=(0.3, 3.0)),
-    "full": functools.partial(Ours, terms=(PRO, DET, ADV)),
-    "full handing over": functools.partial(HandingOver, terms=(PRO, DET, ADV)),
+    "CS-KD": ClassWise,
+    "deterministic": functools.partial(Ours, terms=(DET,), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
+    "PS-KD": functools.partial(Ours, terms=(PRO,), of=lambda own: {"alpha": own}, grid=(0.6, 0.9)),
+    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
+    "full": Ours,
+    "full handing over": HandingOver,
+    "full + CS-KD": WithClassWise,
 }

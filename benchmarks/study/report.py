@@ -1,49 +1,77 @@
-"""What came out of `accuracy.py`, for the terminal."""
+"""What came out of `accuracy.py`."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from methods import METHODS
 from rich.table import Table
 
-Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method, by seed
-COLUMNS = {
-    "accuracy, %": ("accuracy", ".2f"), "NLL": ("nll", ".3f"), "scaled": ("nll_scaled", ".3f"),
-    "ECE, %": ("ece", ".1f"), "Brier": ("brier", ".3f"), "AURC": ("aurc", ".4f"),
-}  # fmt: skip
+if TYPE_CHECKING:
+    from accuracy import Study
+
+Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method on the seeds of the study, by seed
+COLUMNS = {"accuracy, %": ("accuracy", ".2f"), "NLL, scaled": ("nll_scaled", ".3f"), "ECE, %": ("ece", ".1f")}
+
+
+def found(study: Study) -> Found:
+    """At the setting that was found for each; in a study that searched nothing, at the one there is."""
+    of: Found = {}
+    for line in study.done.values():
+        best = next(iter(study.ranked(line["method"])), line)
+        if "accuracy" in line and all(line[name] == best[name] for name in ("lr", "weight_decay", "own")):
+            of.setdefault(line["method"], {})[line["seed"]] = line
+    return of
+
+
+def error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def spread(values: list[float], form: str) -> str:
     """Mean and standard error; one value has none."""
     mean = f"{statistics.fmean(values):{form}}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):{form.strip('+')}}"
+    return mean if len(values) == 1 else f"{mean} ± {error(values):{form.strip('+')}}"
 
 
-def gains(found: Found, name: str, key: str) -> list[float]:
+def gains(of: Found, name: str, key: str = "accuracy") -> list[float]:
     """What a method has over cross-entropy, seed by seed where both were run."""
-    both = found[name].keys() & found["ce"].keys()
-    return [found[name][seed][key] - found["ce"][seed][key] for seed in sorted(both)]
+    both = of[name].keys() & of["cross-entropy"].keys()
+    return [of[name][seed][key] - of["cross-entropy"][seed][key] for seed in sorted(both)]
 
 
-def table(title: str, found: Found) -> Table:
+def rows(study: Study) -> Iterator[list[str]]:
     """The best accuracy first."""
-    shown = Table(title=f"{title}, seeds: {len(found['ce'])}; mean ± standard error; minus ce, paired")
-    for column in ("method", "lr", "wd", "own", *COLUMNS, "minus ce: accuracy", "scaled NLL"):
+    of = found(study)
+    for name, lines in sorted(of.items(), key=lambda item: -statistics.fmean(x["accuracy"] for x in item[1].values())):
+        first = next(iter(lines.values()))
+        own = "" if first["own"] is None else f", {first['own']:g}"
+        cells = [spread([x[key] for x in lines.values()], form) for key, form in COLUMNS.values()]
+        above = "" if name == "cross-entropy" else spread(gains(of, name), "+.2f")
+        seconds = statistics.fmean(x["seconds"] for x in lines.values())
+        yield [name, f"{first['lr']:g}, {first['weight_decay']:g}{own}", cells[0], above, *cells[1:], f"{seconds:.1f}"]
+
+
+HEADS = ["method", "found", "accuracy, %", "above cross-entropy", *list(COLUMNS)[1:], "s a run"]
+
+
+def table(study: Study, what: str) -> Table:
+    shown = Table(title=f"{study.name}, {what}; mean ± standard error, differences paired by seed")
+    for column in HEADS:
         shown.add_column(column, justify="left" if column == "method" else "right")
-    for name, lines in sorted(found.items(), key=lambda item: -statistics.fmean(of(item[1], "accuracy"))):
-        setting = next(iter(lines.values()))
-        cells = [
-            spread(of(lines, key), form) if key == "accuracy" else f"{statistics.fmean(of(lines, key)):{form}}"
-            for key, form in COLUMNS.values()
-        ]
-        cells += [spread(gains(found, name, key), form) for key, form in (("accuracy", "+.2f"), ("nll_scaled", "+.3f"))]
-        shown.add_row(name, f"{setting['lr']:g}", f"{setting['weight_decay']:g}", str(setting["own"] or ""), *cells)
+    for cells in rows(study):
+        shown.add_row(*cells)
     return shown
 
 
-def of(lines: dict[int, dict[str, Any]], key: str) -> list[float]:
-    return [line[key] for line in lines.values()]
+def page(studies: Iterable[Study], seeds: int) -> str:
+    """What docs/accuracy.md says of the tasks that are done: every method on all seeds."""
+    said = []
+    for study in studies:
+        if all(len(found(study).get(name, {})) >= seeds for name in METHODS):
+            of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
+            said.append("\n".join([f"### {study.name}", "", *of]))
+    return "\n\n".join(said) or "No task is done yet."

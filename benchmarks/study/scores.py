@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Of the samples (S, N, ...) of several runs, as in evaluation; the model stays in its mode."""
+    training = model.training
     model.eval()
-    out = torch.cat([model(part) for part in x.split(2_000)])
-    model.train()
+    out = torch.cat([model(part) for part in x.split(500, dim=1)], dim=1)
+    model.train(training)
     return out
 
 

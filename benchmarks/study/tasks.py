@@ -1,40 +1,59 @@
-"""The tasks that `accuracy.py` compares methods on: what is drawn for a seed, and the networks."""
+"""The tasks that `accuracy.py` compares methods on, for several runs side by side: what is drawn for their seeds, and networks.
+
+Runs side by side are the first axis of everything: images `(S, N, ...)`, labels `(S, N)`, logits `(S, N, C)`. A network for S
+runs has S sets of weights that never meet: its layers are grouped, so that each layer is one operation for all of them.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CACHE = Path("runs") / "study" / "cache"
 EXAMPLES = Path(__file__).parents[2] / "examples"
+BATCH = 100
 
 
 @dataclass(frozen=True)
 class Task:
-    data: str
+    source: str  # of the samples
+    size: int  # of the training set
+    noise: int  # percent of its labels that are wrong
     net: str
+    epochs: int
+    augment: bool = False
+    validation: int = 4_000
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.net}"
+        return f"{self.source}-{self.size}-{self.noise}-{self.net}"
 
-    @property
-    def parts(self) -> tuple[str, int, float]:
-        """Source, training samples, share of wrong labels."""
-        source, size, noise = self.data.rsplit("-", 2)
-        return source, int(size), int(noise) / 100
+
+TASKS = {
+    task.name: task
+    for task in (
+        *(Task("mnist1d", 4_000, noise, "mlp", 60) for noise in (0, 40)),
+        *(Task("mnist1d", 1_000, noise, "cnn", 120) for noise in (0, 20, 40)),
+        *(Task("mnist1d", 4_000, noise, "cnn", 50) for noise in (0, 20, 40)),
+        *(Task("fashion-mnist", 2_000, noise, "resnet", 60, augment=True) for noise in (0, 40)),
+        *(Task("fashion-mnist", 10_000, noise, "resnet", 20, augment=True) for noise in (0, 40)),
+    )
+}
 
 
 @dataclass
 class Data:
+    """Of several runs; the test set is the same for all."""
+
     x: Tensor
     y: Tensor  # as wrong as they are
     validation_x: Tensor
@@ -44,6 +63,13 @@ class Data:
     test_y: Tensor
     num_classes: int
 
+    def images(self, index: Tensor) -> Tensor:
+        """Of ids (S, B)."""
+        return self.x[torch.arange(len(self.x))[:, None], index]
+
+    def labels(self, index: Tensor) -> Tensor:
+        return self.y.gather(1, index)
+
 
 @functools.lru_cache(maxsize=2)
 def pool(source: str, folder: Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,20 +78,18 @@ def pool(source: str, folder: Path | None = None) -> tuple[Tensor, Tensor, Tenso
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_suffix(f".{os.getpid()}")
-        torch.save(generate_mnist1d() if source == "mnist1d" else images(source, folder), own)
+        torch.save(generate_mnist1d() if source == "mnist1d" else images(folder), own)
         os.replace(own, path)
     return tuple(torch.load(path, weights_only=True))  # type: ignore[return-value]
 
 
-def images(source: str, folder: Path | None) -> tuple[Tensor, ...]:
-    """The embedded images, or a folder of IDX files; with the mean and deviation of the training images at 0 and 1."""
+def images(folder: Path | None) -> tuple[Tensor, ...]:
+    """A folder of IDX files; with the mean and deviation of the training images at 0 and 1."""
     sys.path.append(str(EXAMPLES))
-    from _data import MINI, read_idx  # all that the study takes from the examples
+    from _data import read_idx  # all that the study takes from the examples
 
-    if source == "fashion-mnist-mini":
-        folder = MINI
     if folder is None:
-        raise SystemExit(f"accuracy.py: for {source} pass --data-dir, the folder of its four IDX files.")
+        raise SystemExit("accuracy.py: for fashion-mnist pass --data-dir, the folder of its four IDX files.")
     x, y, test_x, test_y = read_idx(folder)
     pixels = x.float()
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True)
@@ -83,43 +107,112 @@ def generate_mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.float(), y.long(), test_x.float(), test_y.long()
 
 
-def draw(task: Task, seed: int) -> Data:
-    source, size, noise = task.parts
-    x, y, test_x, test_y = pool(source)
-    g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=g)
-    held = 2_000 if len(x) > size + 2_000 else len(x) - size
-    train, validation = order[:size], order[size : size + held]
+def draw(task: Task, seeds: Sequence[int]) -> Data:
+    """What a seed draws is the same in any company."""
+    x, y, test_x, test_y = pool(task.source)
     classes = int(y.max()) + 1
 
-    def spoilt(labels: Tensor) -> Tensor:
-        wrong = torch.randperm(len(labels), generator=g)[: round(noise * len(labels))]
+    def spoilt(labels: Tensor, g: torch.Generator) -> Tensor:
+        wrong = torch.randperm(len(labels), generator=g)[: round(task.noise / 100 * len(labels))]
         labels = labels.clone()
         labels[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=g)) % classes
         return labels
 
-    return Data(
-        x[train], spoilt(y[train]), x[validation], spoilt(y[validation]), y[validation], test_x, test_y, classes
-    )
+    runs = []
+    for seed in seeds:
+        g = torch.Generator().manual_seed(seed)
+        train, held = torch.randperm(len(x), generator=g)[: task.size + task.validation].split(
+            [task.size, task.validation]
+        )
+        runs.append((x[train], spoilt(y[train], g), x[held], spoilt(y[held], g), y[held]))
+    return Data(*map(torch.stack, zip(*runs, strict=True)), test_x, test_y, classes)
 
 
-def network(task: Task, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    x, y, *_ = pool(task.parts[0])
-    shape, classes = x.shape[1:], int(y.max()) + 1
-    layers: list[nn.Module]
+def augmented(x: Tensor) -> Tensor:
+    """Images (S, B, 1, height, width), each shifted by up to 2 pixels and flipped half the time."""
+    *runs, _, height, width = x.shape
+    padded = F.pad(x, (2, 2, 2, 2)).flatten(0, 1)
+    n = len(padded)
+    top, left = torch.randint(5, (2, n, 1))
+    row, column = top + torch.arange(height), left + torch.arange(width)
+    column = torch.where(torch.rand(n, 1) < 0.5, column.flip(1), column)
+    moved = padded[torch.arange(n)[:, None, None], 0, row[:, :, None], column[:, None, :]]
+    return moved.view(*runs, 1, height, width)
+
+
+class SideBySide(nn.Module):
+    """S networks in one: `layers` works on (B, S * channels, ...), with groups."""
+
+    def __init__(self, runs: int, layers: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.runs, self.layers, self.num_classes = runs, layers, num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(x.transpose(0, 1).flatten(1, 2))
+        return out.view(len(out), self.runs, self.num_classes).transpose(0, 1)
+
+
+class Block(nn.Module):
+    """A pre-activation residual block (He et al., 2016, https://arxiv.org/abs/1603.05027) that halves the sides."""
+
+    def __init__(self, runs: int, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        of = functools.partial(nn.Conv2d, groups=runs, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(runs * fan_in), nn.BatchNorm2d(runs * fan_out)
+        self.conv1 = of(runs * fan_in, runs * fan_out, 3, 2, 1)
+        self.conv2 = of(runs * fan_out, runs * fan_out, 3, 1, 1)
+        self.shortcut = of(runs * fan_in, runs * fan_out, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        return self.shortcut(y) + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+class Linear(nn.Module):
+    """(B, S * inputs) -> (B, S * outputs), by nn.Linear's own first weights."""
+
+    def __init__(self, runs: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(inputs, outputs) for _ in range(runs)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), len(self.weight), -1).transpose(0, 1)
+        return torch.baddbmm(self.bias, x, self.weight).transpose(0, 1).flatten(1)
+
+
+def layers_of(task: Task, runs: int, shape: Sequence[int], classes: int) -> nn.Module:
+    layers: list[nn.Module] = []
     if task.net == "mlp":
-        widths = (shape.numel(), 100, 100)
-        layers = [nn.Flatten()]
+        widths = (*shape, 100, 100)
         for fan_in, fan_out in itertools.pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
-    if len(shape) == 1:
-        layers = [nn.Unflatten(1, (1, -1))]
+            layers += [Linear(runs, fan_in, fan_out), nn.ReLU()]
+        return nn.Sequential(*layers, Linear(runs, widths[-1], classes))
+    if task.net == "cnn":
         for fan_in in (1, 25, 25):
-            layers += [nn.Conv1d(fan_in, 25, 5, 2, 2, bias=False), nn.BatchNorm1d(25), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(25, classes))
-    layers = []
-    for fan_in, fan_out in ((shape[0], 16), (16, 32)):
-        layers += [nn.Conv2d(fan_in, fan_out, 3, 2, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * math.prod((n + 3) // 4 for n in shape[1:]), classes))
+            conv = nn.Conv1d(runs * fan_in, runs * 25, 5, 2, 2, groups=runs, bias=False)
+            layers += [conv, nn.BatchNorm1d(runs * 25), nn.ReLU()]
+        layers = [nn.Unflatten(1, (runs, -1)), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+        return nn.Sequential(*layers, Linear(runs, 25, classes))
+    stem = nn.Conv2d(runs, runs * 16, 3, 2, 1, groups=runs, bias=False)
+    layers = [stem, Block(runs, 16, 24), nn.BatchNorm2d(runs * 24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, Linear(runs, 24, classes))
+
+
+def network(task: Task, starts: Sequence[int]) -> nn.Module:
+    """With the weights that each start would give alone."""
+    x, y, *_ = pool(task.source)
+    classes = int(y.max()) + 1
+
+    def made(runs: int) -> nn.Module:
+        return SideBySide(runs, layers_of(task, runs, x.shape[1:], classes), classes)
+
+    alone = []
+    for start in starts:
+        torch.manual_seed(start)
+        alone.append(made(1).state_dict())
+    together = made(len(starts))
+    joined = {name: torch.cat([of[name] for of in alone]) for name, own in alone[0].items() if own.ndim}
+    together.load_state_dict(together.state_dict() | joined)
+    return together
