@@ -7,6 +7,7 @@ import json
 
 import _report
 import accuracy
+import first_contact
 import pytest
 import report
 import scores
@@ -97,6 +98,10 @@ def test_an_augmented_image_is_shifted_by_up_to_two_pixels_and_maybe_flipped():
 # ------------------------------------------------------------------------------------------------------- runs side by side
 
 
+def plain(*seeds):
+    return tuple(Run("cross-entropy", seed, 0.1, 1e-3) for seed in seeds)
+
+
 def alone(task, run, start):
     """The same by torch's own optimizer, in a plain loop."""
     data, model = tasks.draw(task, [run.seed]), tasks.network(task, [start])
@@ -131,7 +136,7 @@ def test_methods_keep_runs_apart(name):
     needs = METHODS[name]().needs_teacher
 
     def logits(seeds):
-        teacher = train.pretrained(TASK, tuple(seeds), 0.1, 1e-3) if needs else None
+        teacher = train.pretrained(TASK, plain(*seeds)) if needs else None
         model = train.trained(TASK, [runs[seed] for seed in seeds], [50 + seed for seed in seeds], teacher)
         return scores.logits_of(model, tasks.draw(TASK, seeds).validation_x)
 
@@ -155,15 +160,13 @@ def test_discriminators_side_by_side_are_mlp_discriminators():
 
 def test_a_pretrained_model_is_the_same_in_any_company_and_from_a_file():
     x = tasks.draw(TASK, [0]).validation_x
-    both = train.pretrained(TASK, (0, 1), 0.1, 1e-3)
+    both = train.pretrained(TASK, plain(0, 1))
     train.pretrained.cache_clear()
-    read = train.pretrained(TASK, (1, 0, 0), 0.1, 1e-3)
+    read = train.pretrained(TASK, plain(1, 0, 0))
     assert not any(p.requires_grad for p in read.parameters())
     of_both, of_read = (scores.logits_of(model, x.expand(n, *x.shape[1:])) for model, n in ((both, 2), (read, 3)))
     assert_close(of_read, of_both[[1, 0, 0]])
-    assert_close(
-        scores.logits_of(alone(TASK, Run("cross-entropy", 0, 0.1, 1e-3), 0), x)[0], of_both[0], rtol=1e-3, atol=1e-4
-    )
+    assert_close(scores.logits_of(alone(TASK, *plain(0), 0), x)[0], of_both[0], rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- methods
@@ -319,3 +322,36 @@ def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended
     assert f"### {TASK.name}\n\n| method | found | accuracy, % |" in page
     # accuracy is 70 and 71 on the two seeds, for all
     assert "| mixup | 0.9, 0.002, 0.5 | 70.50 ± 0.50 | +0.00 ± 0.00 | 1.000 ± 0.000 | 2.0 ± 0.0 | 0.1 |" in page
+
+
+def test_first_contact_counts_where_a_method_is_worse_by_more_than_a_standard_error(monkeypatch):
+    monkeypatch.setattr(first_contact, "PLACES", [("cnn", 0, False)])
+    monkeypatch.setattr(first_contact, "WEIGHT_DECAYS", (0.0, 0.02))
+    above = {"full": {0.0: (-1.0, -3.0), 0.02: (-1.0, 3.0)}}  # -2 +- 1, and 1 +- 2
+    lines = [
+        dict(net="cnn", noise=0, constant=False, method=method, weight_decay=decay, seed=seed)
+        | {"accuracy": 50 + 10 * seed + above.get(method, {}).get(decay, (0.0, 0.0))[seed]}
+        for method in first_contact.METHODS
+        for decay in (0.0, 0.02)
+        for seed in (0, 1)
+    ]
+    table = first_contact.table(lines)
+    assert "| cnn, clean, cosine | 0 | 55.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | **-2.0 ± 1.0** |" in table
+    assert "| cnn, clean, cosine | 0.02 | 55.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 2.0 |" in table
+    assert "Settings, of 2, in which" in table
+    assert "deterministic: 0; full: 1; full, alpha to .5: 0" in table
+
+
+def test_first_contact_runs_every_weight_decay_and_seed_with_a_teacher_of_its_own_setting(monkeypatch):
+    monkeypatch.setattr(first_contact, "Task", lambda *_, **more: dataclasses.replace(TASK, **more))
+    asked = []
+    monkeypatch.setattr(
+        first_contact, "pretrained", lambda task, runs: asked.extend(runs) or train.pretrained(task, runs)
+    )
+    lines = first_contact.accuracies("mlp", 20, True, "full, alpha to .5", range(2))
+    assert {(x["weight_decay"], x["seed"]) for x in lines} == {
+        (w, s) for w in first_contact.WEIGHT_DECAYS for s in (0, 1)
+    }
+    assert [(run.method, run.weight_decay, run.seed) for run in asked] == [
+        ("cross-entropy", x["weight_decay"], x["seed"]) for x in lines
+    ]

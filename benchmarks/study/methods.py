@@ -240,7 +240,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "deterministic": functools.partial(Ours, terms=(DET,), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
     "PS-KD": functools.partial(Ours, terms=(PRO,), of=lambda own: {"alpha": own}, grid=(0.6, 0.9)),
     "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
-    "full": Ours,
+    "full": functools.partial(Ours, of=lambda own: {"alpha": own}),
     "full handing over": HandingOver,
     "full + CS-KD": WithClassWise,
 }

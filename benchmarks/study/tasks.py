@@ -32,10 +32,11 @@ class Task:
     epochs: int
     augment: bool = False
     validation: int = 4_000
+    constant: bool = False  # the learning rate
 
     @property
     def name(self) -> str:
-        return f"{self.source}-{self.size}-{self.noise}-{self.net}"
+        return f"{self.source}-{self.size}-{self.noise}-{self.net}" + "-constant" * self.constant
 
 
 TASKS = {

@@ -29,9 +29,9 @@ class Run:
     own: float | None = None  # the setting that is the method's own; None: as it comes
 
 
-def learning_rate(progress: float) -> float:
-    """As a share of its peak: up over the first twentieth of training, then down along a cosine."""
-    return min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
+def learning_rate(progress: float, constant: bool = False) -> float:
+    """As a share of its peak: up over the first twentieth of training, then down along a cosine, if it is not constant."""
+    return 1.0 if constant else min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 class SGD:
@@ -70,28 +70,28 @@ def trained(task: tasks.Task, runs: Sequence[Run], starts: Sequence[int], teache
         order = torch.stack([torch.randperm(task.size, generator=g) for g in generators])
         for step, index in enumerate(order.split(BATCH, dim=1)[:steps], epoch * steps + 1):
             method.loss(index).backward()
-            optimizer.step(learning_rate(step / (epochs * steps)))
+            optimizer.step(learning_rate(step / (epochs * steps), task.constant))
             method.after_step()
         method.after_epoch()
     return model
 
 
 @functools.lru_cache(maxsize=4)
-def pretrained(task: tasks.Task, seeds: tuple[int, ...], lr: float, weight_decay: float) -> nn.Module:
-    """The cross-entropy runs of these seeds, at their best setting and the whole budget; kept in files, which workers read."""
-    paths = [tasks.CACHE / f"{task.name}-{task.epochs}-{seed}-{lr:g}-{weight_decay:g}.pt" for seed in seeds]
-    missing = list(dict.fromkeys(seed for seed, path in zip(seeds, paths, strict=True) if not path.exists()))
+def pretrained(task: tasks.Task, runs: tuple[Run, ...]) -> nn.Module:
+    """These cross-entropy runs, from weights of their own; kept in files, which workers read."""
+    paths = {
+        run: tasks.CACHE / f"{task.name}-{task.epochs}-{run.seed}-{run.lr:g}-{run.weight_decay:g}.pt" for run in runs
+    }
+    missing = [run for run, path in paths.items() if not path.exists()]
     if missing:
         tasks.CACHE.mkdir(parents=True, exist_ok=True)
-        runs = [Run("cross-entropy", seed, lr, weight_decay) for seed in missing]
-        state = trained(task, runs, missing, None).state_dict()
-        for i, seed in enumerate(missing):
-            path = paths[seeds.index(seed)]
-            own = path.with_suffix(f".{os.getpid()}")
+        state = trained(task, missing, [run.seed for run in missing], None).state_dict()
+        for i, run in enumerate(missing):
+            own = paths[run].with_suffix(f".{os.getpid()}")
             torch.save({name: x.chunk(len(missing))[i].clone() for name, x in state.items() if x.ndim}, own)
-            os.replace(own, path)
-    model = network(task, seeds)
-    alone = [torch.load(path, weights_only=True) for path in paths]
+            os.replace(own, paths[run])
+    model = network(task, [run.seed for run in runs])
+    alone = [torch.load(paths[run], weights_only=True) for run in runs]
     model.load_state_dict(model.state_dict() | {name: torch.cat([of[name] for of in alone]) for name in alone[0]})
     return model.eval().requires_grad_(False)
 
@@ -100,9 +100,10 @@ def results(name: str, runs: Sequence[Run], teacher: tuple[float, float] | None,
     """A line a run; of a search, which the test set must not know of, accuracy on validation samples alone."""
     torch.set_num_threads(1)
     task, began = TASKS[name], time.process_time()
-    seeds = tuple(run.seed for run in runs)
+    seeds = [run.seed for run in runs]
     needs = METHODS[runs[0].method]().needs_teacher
-    model = trained(task, runs, [seed + APART for seed in seeds], pretrained(task, seeds, *teacher) if needs else None)
+    teachers = pretrained(task, tuple(Run("cross-entropy", seed, *teacher) for seed in seeds)) if needs else None
+    model = trained(task, runs, [seed + APART for seed in seeds], teachers)
     seconds, data = (time.process_time() - began) / len(runs), draw(task, seeds)
     held, lines = logits_of(model, data.validation_x), []
     tested = logits_of(model, data.test_x.expand(len(runs), *data.test_x.shape)) if test else None
