@@ -9,13 +9,14 @@ A task is a data set with a size and a share of wrong labels (percent), and a ne
 `benchmarks/results/study/<task>.jsonl`; what is there is not run again.
 
 The rules. Training sets, validation sets and their wrong labels are drawn anew for every seed; the search has seeds of its own.
-Learning rate and weight decay are searched on one grid for all methods of a task, with steps of a factor of 3. As long as any
-method's best is at the edge of the grid, it is made larger there, for all; so every method has as many trials, and its optimum
-is inside. Then half a step up and down in either, and, at the best of these, two further values of the one setting that is the
-method's own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over the seeds of
-the search. The settings found are run on ten seeds that no search saw. The pre-trained model of a seed is a cross-entropy run
-at its own optimum on the grid and the whole budget. The test set (true labels) chooses nothing. Scaled values are those after
-dividing the logits by the temperature that suits the validation samples with their true labels.
+Each method searches learning rate and weight decay on a grid with steps of a factor of 3: the nine settings around the first
+guess, then those around the best, until the best is in the middle. So every optimum is inside of what was tried. Then all get
+as many trials as the method that needed most, and four more: half steps around their best, then the ring of whole steps around
+that. At the best of these come two further values of the one setting that is the method's own. Best is accuracy on 4,000
+validation samples, whose labels are as wrong as the training set's, over the seeds of the search. The settings found are run
+on ten seeds that no search saw. The pre-trained model of a seed is a cross-entropy run at the best of the grid and the whole
+budget. The test set (true labels) chooses nothing. Scaled values are those after dividing the logits by the temperature that
+suits the validation samples with their true labels.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ from machine import RESULTS, machine
 FOLDER, AGAIN = RESULTS / "study", Path("runs") / "study"
 PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
 SEEDS, SEARCH_SEEDS = tuple(range(10)), (1000, 1001)
-LEARNING_RATES, WEIGHT_DECAYS = (0.03, 0.1, 0.3), (6e-4, 2e-3, 6e-3)  # where the grid begins
-NO_DECAY = 2e-5  # as good as none: the grid ends there
-FINER = 3**0.5  # between two values of the grid
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9, 3.0, 9.0)
+WEIGHT_DECAYS = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 0.2)  # the first is as good as none
+FIRST_GUESS = (0.1, 2e-3)
 ABREAST = 18  # runs side by side
 Line = dict[str, Any]
-Batch = tuple[str, list[Run], tuple[float, float] | None, bool]  # what a worker does
+Setting = tuple[float, float]  # learning rate and weight decay
+Batch = tuple[str, list[Run], Setting | None, bool]  # what a worker does
 
 
 class OutOfTimeError(Exception):
@@ -70,8 +72,7 @@ class Study:
         self.jobs, self.ends, self.console = jobs, ends, console
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done: dict[tuple[Any, ...], Line] = {}
-        self.teacher: tuple[float, float] | None = None  # learning rate and weight decay of the pre-trained models
-        self.grid = [list(LEARNING_RATES), list(WEIGHT_DECAYS)]  # as large as it has become
+        self.teacher: Setting | None = None  # learning rate and weight decay of the pre-trained models
         self.take(map(json.loads, lines))
 
     def run(self, runs: Iterable[Run], test: bool = False) -> None:
@@ -115,61 +116,55 @@ class Study:
                 self.done[key(line)] = line
             elif "teacher" in line:
                 self.teacher = tuple(line["teacher"])
-            elif "grid" in line:
-                self.grid = line["grid"]
 
     def searched(self, names: Sequence[str]) -> dict[str, Line]:
-        """The best setting of each method; cross-entropy's gives the pre-trained models."""
+        """The best of each method; cross-entropy's gives the pre-trained models."""
         if self.teacher is None:
-            at = self.on_the_grid(["cross-entropy"])["cross-entropy"]
-            self.keep([{"teacher": [at["lr"], at["weight_decay"]]}])
-        coarse = self.on_the_grid(names)
-        self.run(
-            Run(name, seed, nice(at["lr"] * a, 2), nice(at["weight_decay"] * b, 2))
-            for name, at in coarse.items()
-            for a, b in ((FINER, 1), (1 / FINER, 1), (1, FINER), (1, 1 / FINER))
-            for seed in SEARCH_SEEDS
-        )
-        fine = {name: self.best(name, own=False) for name in names}
+            self.keep([{"teacher": self.centred(["cross-entropy"])["cross-entropy"][1]}])
+        found = self.centred(names)
+        trials = max(len(tried) for tried, _ in found.values()) + 4
+        for name, (tried, at) in found.items():
+            more = [setting for setting in (*half_steps(*at), *around(*at, steps=2)) if setting not in tried]
+            found[name] = [*tried, *more][:trials], at
+        self.run(Run(name, seed, *at) for name, (tried, _) in found.items() for at in tried for seed in SEARCH_SEEDS)
+        best = {name: self.ranked(name, tried)[0] for name, (tried, _) in found.items()}
         self.run(
             Run(name, seed, at["lr"], at["weight_decay"], own)
-            for name, at in fine.items()
+            for name, at in best.items()
             for own in METHODS[name]().grid
             for seed in SEARCH_SEEDS
         )
-        return {name: self.best(name) for name in names}
+        return {name: self.ranked(name)[0] for name in names}
 
-    def on_the_grid(self, names: Sequence[str]) -> dict[str, Line]:
-        """The best of each, with the setting of its own that it comes with, inside of a grid that all share."""
-        while True:
-            rates, decays = self.grid
-            self.run(Run(*of) for of in itertools.product(names, SEARCH_SEEDS, rates, decays))
-            found = {name: self.best(name, rates, decays, own=False) for name in names}
-            bigger = [
-                larger(rates, {at["lr"] for at in found.values()}),
-                larger(decays, {at["weight_decay"] for at in found.values()}, NO_DECAY),
-            ]
-            if self.grid == bigger:
-                return found
-            self.keep([{"grid": bigger}])
+    def centred(self, names: Sequence[str]) -> dict[str, tuple[list[Setting], Setting]]:
+        """What each method tried on the grid, and the best of it, all of whose neighbours are among that."""
+        at, tried = dict.fromkeys(names, FIRST_GUESS), {name: list[Setting]() for name in names}
+        moving = list(names)
+        while moving:
+            for name in moving:
+                tried[name] += [setting for setting in around(*at[name]) if setting not in tried[name]]
+            self.run(Run(name, seed, *of) for name in moving for of in tried[name] for seed in SEARCH_SEEDS)
+            best = {name: self.ranked(name, tried[name])[0] for name in moving}
+            moved = {name: (x["lr"], x["weight_decay"]) for name, x in best.items()}
+            moving = [name for name in moving if moved[name] != at[name]]
+            at |= moved
+        return {name: (tried[name], at[name]) for name in names}
 
-    def ranked(self, name: str, own: bool = True) -> list[Line]:
-        """The settings that were tried, the best first, with their mean accuracy on the validation samples of the search."""
+    def ranked(self, name: str, among: Sequence[Setting] = ()) -> list[Line]:
+        """What was tried, the best first, with its mean accuracy on the validation samples; or `among` some settings,
+        as the method comes."""
         groups: dict[tuple[Any, ...], list[Line]] = {}
         for line in self.done.values():
-            if line["method"] == name and line["seed"] in SEARCH_SEEDS and (own or line["own"] is None):
-                groups.setdefault((line["lr"], line["weight_decay"], line["own"]), []).append(line)
+            setting = line["lr"], line["weight_decay"]
+            wanted = not among or (setting in among and line["own"] is None)
+            if line["method"] == name and line["seed"] in SEARCH_SEEDS and wanted:
+                groups.setdefault((*setting, line["own"]), []).append(line)
         means = [
             dict(lr=lr, weight_decay=decay, own=value, validation=statistics.fmean(x["validation"] for x in of))
             for (lr, decay, value), of in groups.items()
             if len(of) == len(SEARCH_SEEDS)
         ]
         return sorted(means, key=lambda x: -x["validation"])
-
-    def best(self, name: str, rates: Sequence[float] = (), decays: Sequence[float] = (), own: bool = True) -> Line:
-        """Of all, or on a grid."""
-        ranked = self.ranked(name, own)
-        return next(x for x in ranked if not rates or (x["lr"] in rates and x["weight_decay"] in decays))
 
     def final(self, found: dict[str, Line], seeds: Sequence[int]) -> None:
         runs = [Run(name, seed, x["lr"], x["weight_decay"], x["own"]) for name, x in found.items() for seed in seeds]
@@ -184,15 +179,26 @@ def of_method(run: Run) -> tuple[str, float]:
     return run.method, run.own or 0.0
 
 
-def larger(grid: list[float], best: set[float], least: float = 0.0) -> list[float]:
-    """The grid, with one more value at an edge where somebody's best is."""
-    first = [nice(grid[0] / 3)] if grid[0] in best and grid[0] > least else []
-    last = [nice(grid[-1] * 3)] if grid[-1] in best else []
-    return [*first, *grid, *last]
+def around(lr: float, decay: float, steps: int = 1) -> list[Setting]:
+    """The settings of the grid up to so many steps away, the nearest first; below the least weight decay there is nothing."""
+    i, j = LEARNING_RATES.index(lr), WEIGHT_DECAYS.index(decay)
+    if lr in (LEARNING_RATES[0], LEARNING_RATES[-1]) or decay == WEIGHT_DECAYS[-1]:
+        raise SystemExit(
+            f"accuracy.py: the best is at an edge, learning rate {lr:g}, weight decay {decay:g}: make the grid larger."
+        )
+    away = itertools.product(range(-steps, steps + 1), repeat=2)
+    near = sorted(away, key=lambda x: (max(map(abs, x)), sum(map(abs, x))))
+    inside = [(i + a, j + b) for a, b in near if 0 <= i + a < len(LEARNING_RATES) and 0 <= j + b < len(WEIGHT_DECAYS)]
+    return [(LEARNING_RATES[a], WEIGHT_DECAYS[b]) for a, b in inside]
 
 
-def nice(x: float, digits: int = 1) -> float:
-    return float(f"{x:.{digits}g}")
+def half_steps(lr: float, decay: float) -> list[Setting]:
+    away = sorted(itertools.product((0, 1, -1), repeat=2), key=lambda x: sum(map(abs, x)))[1:]
+    return [(nice(lr * 3 ** (a / 2)), nice(decay * 3 ** (b / 2))) for a, b in away]
+
+
+def nice(x: float) -> float:
+    return float(f"{x:.2g}")
 
 
 def filled(text: str) -> str:
@@ -232,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         study = Study(name, args.results, args.jobs, ends, console)
         try:
             if args.repeat:
-                found = {method: study.best(method) for method in names if study.ranked(method)}
+                found = {method: study.ranked(method)[0] for method in names if study.ranked(method)}
                 console.print(table(study, "as found"))
                 again = Study(name, AGAIN, args.jobs, ends, console)
                 study, again.teacher = again, study.teacher
