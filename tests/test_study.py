@@ -359,3 +359,8 @@ def test_an_optimum_at_the_edge_of_the_grid_fails(pretended, tmp_path, monkeypat
     monkeypatch.setitem(LIKES, "cross-entropy", (90.0, 2e-3))
     with pytest.raises(SystemExit, match="the best is at an edge, learning rate 9"):
         accuracy.main([*ARGUMENTS, str(tmp_path)])
+
+
+def test_the_page_shows_the_first_contact():
+    page = accuracy.PAGE.read_text()
+    assert first_contact.filled(page) == page
