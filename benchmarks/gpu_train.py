@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from machine import RESULTS, machine
+from machine import RESULTS, filled, machine
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -215,9 +215,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def fill_page(page: str, results: str) -> str:
-    begin, end = "<!-- gpu-train -->\n", "\n<!-- /gpu-train -->"
-    before, rest = page.split(begin)
-    return before + begin + table(results) + end + rest.split(end)[1]
+    return filled(page, "gpu-train", table(results))
 
 
 def main(argv: list[str] | None = None) -> None:

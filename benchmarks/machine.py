@@ -1,4 +1,4 @@
-"""What a measurement was made on: it stands beside every number under `results/`."""
+"""What a measurement was made on: it stands beside every number under `results/`. And how it comes there and into a page."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def write(path: Path, head: dict[str, Any], rows: str, lines: list[dict[str, Any
     body = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     body.append(f"{json.dumps(rows)}: [\n    " + ",\n    ".join(json.dumps(line) for line in lines) + "\n  ]")
     path.write_text("{\n  " + ",\n  ".join(body) + "\n}\n")
+
+
+def filled(page: str, mark: str, table: str) -> str:
+    """The page with the table between its marks, `<!-- mark -->` and `<!-- /mark -->`."""
+    begin, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
+    before, rest = page.split(begin)
+    return before + begin + table + end + rest.split(end)[1]

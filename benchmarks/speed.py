@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import RESULTS, machine, write
+from machine import RESULTS, filled, machine, write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,7 +260,7 @@ def adversarial(shape: tuple[int, int], device: torch.device, faster: Compile) -
 
         def replayed(s: Tensor) -> None:
             if not graphs:
-                graphs.append(captured(lambda: third.update(given, t)))
+                graphs.append(captured(lambda: third.update(given, t))[0])
             given.copy_(s.detach())
             graphs[0].replay()
 
@@ -271,8 +271,9 @@ def void(_: object) -> None:
     """What a step that needs nothing more gives."""
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """As torch's notes on CUDA graphs say: warmed up on another stream, then recorded."""
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """As torch's notes on CUDA graphs say: warmed up on another stream, then recorded. What it returns lies where each replay
+    puts it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -281,8 +282,8 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph
+        result = call()
+    return graph, result
 
 
 def method(shape: tuple[int, int], device: torch.device, faster: Compile) -> Row:
@@ -592,11 +593,7 @@ def page_table(measured: dict[str, Any]) -> str:
 
 def fill_page(text: str, results: Path) -> str:
     """The page with the table of a file of results between its marks, `<!-- speed-cpu -->` and `<!-- /speed-cpu -->`."""
-    begin, end = f"<!-- {results.stem} -->\n", f"\n<!-- /{results.stem} -->"
-    if begin not in text:
-        return text
-    before, rest = text.split(begin)
-    return before + begin + page_table(json.loads(results.read_text())) + end + rest.split(end)[1]
+    return filled(text, results.stem, page_table(json.loads(results.read_text())))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from itertools import product
 import pytest
 import torch
 from laws import DIVERGENCES
+from speed import captured
 from torch import nn
 from torch.testing import assert_close
 
@@ -109,20 +110,6 @@ def test_with_a_store_on_the_cpu_a_step_waits_for_its_rows_alone(ids, copies):
         warnings.simplefilter("always")
         step(criterion, given)
     assert len([w for w in waits if "synchroniz" in str(w.message)]) == copies, [str(w.message) for w in waits]
-
-
-def captured(call):
-    """`call` as a CUDA graph, to be replayed; what it returns lies where each replay puts it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 @pytest.mark.parametrize("how", ["plain", "masked"])

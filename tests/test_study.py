@@ -309,14 +309,14 @@ def test_a_gain_is_paired_over_the_seeds_that_both_have():
 
 def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended, tmp_path, monkeypatch):
     shown = accuracy.PAGE.read_text()
-    assert accuracy.filled(shown) == shown
+    assert accuracy.fill_page(shown) == shown
     monkeypatch.setattr(accuracy, "FOLDER", tmp_path)
     monkeypatch.setattr(accuracy, "TASKS", {TASK.name: TASK})
     monkeypatch.setattr(accuracy, "SEEDS", (0, 1))
     monkeypatch.setattr(report, "METHODS", LIKES)
-    assert "No task is done yet." in accuracy.filled(shown)
+    assert "No task is done yet." in accuracy.fill_page(shown)
     accuracy.main([*ARGUMENTS, str(tmp_path)])
-    page = accuracy.filled(shown)
+    page = accuracy.fill_page(shown)
     assert f"### {TASK.name}\n\n| method | found | accuracy, % |" in page
     # accuracy is 70 and 71 on the two seeds, for all
     assert "| mixup | 0.9, 0.002, 0.5 | 70.50 ± 0.50 | +0.00 ± 0.00 | 1.000 ± 0.000 | 2.0 ± 0.0 | 0.1 |" in page
@@ -363,4 +363,4 @@ def test_an_optimum_at_the_edge_of_the_grid_fails(pretended, tmp_path, monkeypat
 
 def test_the_page_shows_the_first_contact():
     page = accuracy.PAGE.read_text()
-    assert first_contact.filled(page) == page
+    assert first_contact.fill_page(page) == page

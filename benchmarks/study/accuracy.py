@@ -42,7 +42,7 @@ from tasks import TASKS
 from train import Run, results
 
 sys.path.append(str(Path(__file__).parents[1]))
-from machine import RESULTS, machine
+from machine import RESULTS, filled, machine
 
 FOLDER, AGAIN = RESULTS / "study", Path("runs") / "study"
 PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
@@ -201,12 +201,9 @@ def nice(x: float) -> float:
     return float(f"{x:.2g}")
 
 
-def filled(text: str) -> str:
-    """The page, with what was found between its marks."""
-    begin, end = "<!-- study -->\n", "\n<!-- /study -->"
-    before, rest = text.split(begin)
+def fill_page(text: str) -> str:
     studies = [Study(name, FOLDER, 1, 0.0, Console()) for name in TASKS]
-    return before + begin + page(studies, len(SEEDS)) + end + rest.split(end)[1]
+    return filled(text, "study", page(studies, len(SEEDS)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--page", action="store_true", help="write docs/accuracy.md from the results, and run nothing")
     args = p.parse_args(argv)
     if args.page:
-        PAGE.write_text(filled(PAGE.read_text()))
+        PAGE.write_text(fill_page(PAGE.read_text()))
         return
     names, of = args.methods.split(","), (args.repeat or args.task).split(",")
     for what, given, known in (("--methods", names, METHODS), ("--task", of, TASKS)):

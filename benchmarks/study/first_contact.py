@@ -30,7 +30,7 @@ from tasks import Task, draw
 from train import APART, Run, pretrained, trained
 
 sys.path.append(str(Path(__file__).parents[1]))
-from machine import RESULTS, machine, write
+from machine import RESULTS, filled, machine, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
 OUT = RESULTS / "first_contact.json"
@@ -95,10 +95,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     )
 
 
-def filled(text: str) -> str:
-    begin, end = "<!-- first-contact -->\n", "\n<!-- /first-contact -->"
-    before, rest = text.split(begin)
-    return before + begin + table(json.loads(OUT.read_text())["runs"]) + end + rest.split(end)[1]
+def fill_page(text: str) -> str:
+    return filled(text, "first-contact", table(json.loads(OUT.read_text())["runs"]))
 
 
 def main() -> None:
@@ -113,7 +111,7 @@ def main() -> None:
     lines = list(itertools.chain(*found))
     write(OUT, {"machine": machine()}, "runs", lines)
     print(table(lines))
-    PAGE.write_text(filled(PAGE.read_text()))
+    PAGE.write_text(fill_page(PAGE.read_text()))
 
 
 if __name__ == "__main__":
