@@ -16,14 +16,13 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, machine, write
+from machine import RESULTS, machine, spread, write
 from rich.console import Console
 from rich.progress import track
 
@@ -37,11 +36,6 @@ def run(argv: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         cifar_train.main([*argv, "--out", out])
         head, *records = (json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines())
     return head, records
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard error."""
-    return f"{statistics.fmean(values):{form}} ± {statistics.stdev(values) / math.sqrt(len(values)):{form.strip('+')}}"
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from machine import RESULTS, filled, machine
+from machine import RESULTS, filled, machine, spread
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -189,9 +189,9 @@ def table(text: str) -> str:
             times, rates = ([x[name] for x in runs.values()] for name in ("seconds", "images_per_second"))
             seeds = f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
             cells = [f"{noise:.0%} wrong" if noise else "clean", method, seeds]
-            cells.append(spread([x["accuracy"] for x in runs.values()], ".2f"))
-            cells.append("" if method == "cross-entropy" else spread(above, "+.2f"))
-            cells.append(spread([x["nll_scaled"] for x in runs.values()], ".3f"))
+            cells.append(spread([x["accuracy"] for x in runs.values()], ".2f", "+-"))
+            cells.append("" if method == "cross-entropy" else spread(above, "+.2f", "+-"))
+            cells.append(spread([x["nll_scaled"] for x in runs.values()], ".3f", "+-"))
             cells += [f"{statistics.median(times):,.0f}", f"{statistics.median(rates):,.0f}"]
             said.append(f"| {' | '.join(cells)} |")
     return "\n".join([*said, "", *searches(lines)])
@@ -206,12 +206,6 @@ def searches(lines: list[Line]) -> list[str]:
             found.append(f"{f'{noise:.0%} wrong' if noise else 'Clean'} labels: learning rate {best['lr']:g}, weight decay "
                          f"{best['weight_decay']:g}, of {len(tried)} settings.")  # fmt: skip
     return found
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and, of more than one, its standard error."""
-    error = f" +- {statistics.stdev(values) / len(values) ** 0.5:{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{error}"
 
 
 def fill_page(page: str, results: str) -> str:

@@ -1,10 +1,12 @@
-"""What a measurement was made on: it stands beside every number under `results/`. And how it comes there and into a page."""
+"""What stands beside every number under `results/`, the machine it was measured on, and how numbers are written and shown."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,14 @@ def filled(page: str, mark: str, table: str) -> str:
     begin, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
     before, rest = page.split(begin)
     return before + begin + table + end + rest.split(end)[1]
+
+
+def error(values: list[float]) -> float:
+    """The standard error of their mean."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def spread(values: list[float], form: str, sign: str = "±") -> str:
+    """Mean and standard error; one value has none."""
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} {sign} {error(values):{form.strip('+')}}"

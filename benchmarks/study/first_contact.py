@@ -23,14 +23,13 @@ from typing import Any
 
 import tasks
 import torch
-from report import error, spread
 from rich.progress import track
 from scores import logits_of, percent_right
 from tasks import Task, draw
 from train import APART, Run, pretrained, trained
 
 sys.path.append(str(Path(__file__).parents[1]))
-from machine import RESULTS, filled, machine, write
+from machine import RESULTS, error, filled, machine, spread, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
 OUT = RESULTS / "first_contact.json"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods import METHODS
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).parents[1]))
+from machine import spread
 
 if TYPE_CHECKING:
     from accuracy import Study
@@ -25,16 +29,6 @@ def found(study: Study) -> Found:
         if "accuracy" in line and all(line[name] == best[name] for name in ("lr", "weight_decay", "own")):
             of.setdefault(line["method"], {})[line["seed"]] = line
     return of
-
-
-def error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard error; one value has none."""
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {error(values):{form.strip('+')}}"
 
 
 def gains(of: Found, name: str, key: str = "accuracy") -> list[float]:
