@@ -68,7 +68,7 @@ class Owner(Carrier):
         self.optimizer.zero_grad()  # leaves out what is not ours
         for p, mean in zip(used, means, strict=True):
             p.grad = mean
-        self.optimizer.step()
+        stepped(self.optimizer)
         self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
         return loss, norm
 
@@ -90,7 +90,7 @@ class Owner(Carrier):
         twin, copies = copy.deepcopy((self.optimizer, list(self.discriminator.parameters())))
         for p in copies:
             p.grad = torch.zeros_like(p)
-        twin.step()
+        stepped(twin)
         found: dict[str, Tensor] = {}
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
@@ -128,6 +128,12 @@ class Owner(Carrier):
                 else:
                     group[key] = tuple(x.tolist()) if x.ndim else x.item()
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
+
+
+def stepped(optimizer: Optimizer) -> None:
+    """One step. Its counts stay on the CPU: torch would make some on its default device, and wait for them on a GPU."""
+    with torch.device("cpu"):
+        optimizer.step()
 
 
 def lost_eps(optimizer: Optimizer) -> bool:
