@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LINES, CODE = 3_283, 2_152  # of all files
+LINES, CODE = 3_287, 2_156  # of all files
 ANY_FILE = 260
 BUDGETS = {
     "__init__.py": 37,
@@ -19,7 +19,7 @@ BUDGETS = {
     "_divergences.py": 99,
     "_file.py": 130,
     "_fused.py": 167,
-    "_owned.py": 159,
+    "_owned.py": 165,
     "_ranks.py": 82,
     "_table.py": 218,
     "adversarial.py": 260,

@@ -68,7 +68,8 @@ class Owner(Carrier):
         self.optimizer.zero_grad()  # leaves out what is not ours
         for p, mean in zip(used, means, strict=True):
             p.grad = mean
-        stepped(self.optimizer)
+        with torch.device("cpu"):  # torch makes some counts on its default device, and waits for those on a GPU
+            self.optimizer.step()
         self.optimizer.zero_grad()  # to None: zeros would let another optimizer that holds them decay them
         return loss, norm
 
@@ -88,9 +89,14 @@ class Owner(Carrier):
             return {}
         # What the optimizer will keep of each parameter, a step of a copy finds out.
         twin, copies = copy.deepcopy((self.optimizer, list(self.discriminator.parameters())))
+        attributes = {
+            name: x for name, x in vars(self.optimizer).items() if name != "step"
+        }  # which a schedule puts there
+        vars(twin).update(attributes | vars(twin))  # torch copies few of them
         for p in copies:
             p.grad = torch.zeros_like(p)
-        stepped(twin)
+        with torch.device("cpu"):  # as in a step
+            twin.step()
         found: dict[str, Tensor] = {}
         for (name, own), p in zip(self.discriminator.named_parameters(), copies, strict=True):
             state = self.optimizer.state.get(own)
@@ -128,12 +134,6 @@ class Owner(Carrier):
                 else:
                     group[key] = tuple(x.tolist()) if x.ndim else x.item()
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to its parameters
-
-
-def stepped(optimizer: Optimizer) -> None:
-    """One step. Its counts stay on the CPU: torch would make some on its default device, and wait for them on a GPU."""
-    with torch.device("cpu"):
-        optimizer.step()
 
 
 def lost_eps(optimizer: Optimizer) -> bool:
