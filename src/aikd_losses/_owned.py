@@ -89,10 +89,8 @@ class Owner(Carrier):
             return {}
         # What the optimizer will keep of each parameter, a step of a copy finds out.
         twin, copies = copy.deepcopy((self.optimizer, list(self.discriminator.parameters())))
-        attributes = {
-            name: x for name, x in vars(self.optimizer).items() if name != "step"
-        }  # which a schedule puts there
-        vars(twin).update(attributes | vars(twin))  # torch copies few of them
+        rest = {name: x for name, x in vars(self.optimizer).items() if name != "step"}  # which a schedule puts there
+        vars(twin).update(rest | vars(twin))  # torch copies few of them
         for p in copies:
             p.grad = torch.zeros_like(p)
         with torch.device("cpu"):  # as in a step
