@@ -307,6 +307,15 @@ def test_a_gain_is_paired_over_the_seeds_that_both_have():
     assert report.spread([1.0], "+.2f") == "+1.00"
 
 
+@pytest.mark.parametrize(
+    ("gained", "says"), [((0.9, 1.1), True), ((0.1, 0.5), True), ((-0.1, 0.3), False), ((-1.0, -1.2), False)]
+)
+def test_a_task_on_which_more_steps_would_help_is_said_to_be_unfinished(gained, says):
+    of = {"cross-entropy": (50.0, 60.0), "twice as long": (50.0 + gained[0], 60.0 + gained[1])}
+    found = {name: {seed: {"accuracy": x} for seed, x in enumerate(both)} for name, both in of.items()}
+    assert report.unfinished(found) == says
+
+
 def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended, tmp_path, monkeypatch):
     shown = accuracy.PAGE.read_text()
     assert accuracy.fill_page(shown) == shown

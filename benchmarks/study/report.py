@@ -12,11 +12,15 @@ from methods import METHODS
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1]))
-from machine import spread
+from machine import error, spread
 
 if TYPE_CHECKING:
     from accuracy import Study
 
+UNFINISHED = (
+    "**Too few steps**: with twice as many, cross-entropy is better by more than a standard error. So this table compares "
+    "methods whose training is not done, and proves nothing; the task is to be run again with more."
+)
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method on the seeds of the study, by seed
 COLUMNS = {"accuracy, %": ("accuracy", ".2f"), "NLL, scaled": ("nll_scaled", ".3f"), "ECE, %": ("ece", ".1f")}
 
@@ -35,6 +39,12 @@ def gains(of: Found, name: str, key: str = "accuracy") -> list[float]:
     """What a method has over cross-entropy, seed by seed where both were run."""
     both = of[name].keys() & of["cross-entropy"].keys()
     return [of[name][seed][key] - of["cross-entropy"][seed][key] for seed in sorted(both)]
+
+
+def unfinished(of: Found) -> bool:
+    """Whether cross-entropy would have gained more than a standard error by twice the steps."""
+    longer = gains(of, "twice as long") if "twice as long" in of else [0.0]
+    return len(longer) > 1 and statistics.fmean(longer) > error(longer)
 
 
 def rows(study: Study) -> Iterator[list[str]]:
@@ -67,5 +77,6 @@ def page(studies: Iterable[Study], seeds: int) -> str:
     for study in studies:
         if all(len(found(study).get(name, {})) >= seeds for name in METHODS):
             of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
+            of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
             said.append("\n".join([f"### {study.name}", "", *of]))
     return "\n\n".join(said) or "No task is done yet."
