@@ -200,6 +200,7 @@ def test_a_partner_is_a_sample_of_the_same_label_in_the_same_run_and_all_of_them
 
 # -------------------------------------------------------------------------------------------------------------- the search
 
+LUCK = {("full", 0.03, 2e-4): 1.5}  # on the two seeds that see every setting
 LIKES = {"cross-entropy": (0.1, 2e-3), "mixup": (0.9, 2e-3), "full": (0.052, 2e-4)}  # off the grid that it begins with
 
 
@@ -215,6 +216,7 @@ def pretended(monkeypatch):
             lr, decay = LIKES[run.method]
             away = [torch.tensor(a / b).log().abs().item() for a, b in ((run.lr, lr), (run.weight_decay, decay))]
             line = vars(run) | {"validation": 80 - sum(away) + (run.own == 0.5) + {1000: 5, 1001: -5}.get(run.seed, 0)}
+            line["validation"] += LUCK.get((run.method, run.lr, run.weight_decay), 0.0) * (run.seed < 1002)
             lines.append(
                 line | ({"accuracy": 70.0 + run.seed, "nll_scaled": 1.0, "ece": 2.0, "seconds": 0.1} if test else {})
             )
@@ -251,6 +253,8 @@ def test_every_method_is_at_its_optimum_inside_of_what_was_tried_and_with_as_man
     best = {name: study.ranked(name)[0] for name in LIKES}
     assert {name: (x["lr"], x["weight_decay"]) for name, x in best.items()} == LIKES
     assert best["mixup"]["own"] == 0.5
+    lucky = study.ranked("full", accuracy.SEARCH_SEEDS)[0]
+    assert (lucky["lr"], lucky["weight_decay"]) == (0.03, 2e-4)  # not what was found
     trials = {name: [run for run, _, test in pretended if run.method == name and not test] for name in LIKES}
     assert all(len(set(runs)) == len(runs) for runs in trials.values())
     settings = {name: {(run.lr, run.weight_decay) for run in runs if run.own is None} for name, runs in trials.items()}
@@ -366,7 +370,7 @@ def test_first_contact_runs_every_weight_decay_and_seed_with_a_teacher_of_its_ow
 
 def test_an_optimum_at_the_edge_of_the_grid_fails(pretended, tmp_path, monkeypatch):
     monkeypatch.setitem(LIKES, "cross-entropy", (90.0, 2e-3))
-    with pytest.raises(SystemExit, match="the best is at an edge, learning rate 9"):
+    with pytest.raises(SystemExit, match="the best of cross-entropy is at an edge, learning rate 9"):
         accuracy.main([*ARGUMENTS, str(tmp_path)])
 
 

@@ -224,11 +224,10 @@ class Discriminators(nn.Module):
         self.layers = nn.ModuleList(Linear(runs, a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, rows: Tensor) -> Tensor:
-        x = rows.view(-1, *self.shape).transpose(1, 2).flatten(0, 1).flatten(1)  # (sides * batch, runs * classes)
+        x = rows.view(-1, *self.shape).transpose(0, 1).flatten(1, 2)  # (runs, sides * batch, classes)
         for i, layer in enumerate(self.layers):
             x = layer(F.leaky_relu(x, 0.2) if i else x)
-        runs, batch, _ = self.shape
-        return x.view(-1, batch, runs).transpose(1, 2).flatten()
+        return x.view(self.shape[0], -1, self.shape[1]).transpose(0, 1).flatten()
 
 
 METHODS: dict[str, Callable[..., Method]] = {

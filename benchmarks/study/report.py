@@ -56,10 +56,12 @@ def rows(study: Study) -> Iterator[list[str]]:
         cells = [spread([x[key] for x in lines.values()], form) for key, form in COLUMNS.values()]
         above = "" if name == "cross-entropy" else spread(gains(of, name), "+.2f")
         seconds = statistics.fmean(x["seconds"] for x in lines.values())
-        yield [name, f"{first['lr']:g}, {first['weight_decay']:g}{own}", cells[0], above, *cells[1:], f"{seconds:.1f}"]
+        three = ", ".join(f"{x['validation']:.1f}" for x in study.ranked(name)[:3])
+        found_at = f"{first['lr']:g}, {first['weight_decay']:g}{own}"
+        yield [name, found_at, three, cells[0], above, *cells[1:], f"{seconds:.1f}"]
 
 
-HEADS = ["method", "found", "accuracy, %", "above cross-entropy", *list(COLUMNS)[1:], "s a run"]
+HEADS = ["method", "found", "best three", "accuracy, %", "above cross-entropy", *list(COLUMNS)[1:], "s a run"]
 
 
 def table(study: Study, what: str) -> Table:

@@ -7,7 +7,6 @@ runs has S sets of weights that never meet: its layers are grouped, so that each
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -141,16 +140,15 @@ def augmented(x: Tensor) -> Tensor:
     return moved.view(*runs, 1, height, width)
 
 
-class SideBySide(nn.Module):
-    """S networks in one: `layers` works on (B, S * channels, ...), with groups."""
+class Grouped(nn.Module):
+    """S networks in one, on images (S, B, 1, height, width): `layers` works on (B, S * channels, ...), with groups."""
 
-    def __init__(self, runs: int, layers: nn.Module, num_classes: int) -> None:
+    def __init__(self, runs: int, layers: nn.Module) -> None:
         super().__init__()
-        self.runs, self.layers, self.num_classes = runs, layers, num_classes
+        self.runs, self.layers = runs, layers
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.layers(x.transpose(0, 1).flatten(1, 2))
-        return out.view(len(out), self.runs, self.num_classes).transpose(0, 1)
+        return self.layers(x.transpose(0, 1).flatten(1, 2)).unflatten(1, (self.runs, -1)).transpose(0, 1)
 
 
 class Block(nn.Module):
@@ -170,7 +168,7 @@ class Block(nn.Module):
 
 
 class Linear(nn.Module):
-    """(B, S * inputs) -> (B, S * outputs), by nn.Linear's own first weights."""
+    """(S, B, inputs) -> (S, B, outputs), by nn.Linear's own first weights."""
 
     def __init__(self, runs: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -179,41 +177,58 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in layers]))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.view(len(x), len(self.weight), -1).transpose(0, 1)
-        return torch.baddbmm(self.bias, x, self.weight).transpose(0, 1).flatten(1)
+        return torch.baddbmm(self.bias, x, self.weight)
 
 
-def layers_of(task: Task, runs: int, shape: Sequence[int], classes: int) -> nn.Module:
-    layers: list[nn.Module] = []
+class Conv(nn.Module):
+    """(S, B, length, inputs) -> (S, B, length / 2, outputs), normalised over the batch: a convolution of width 5, as one
+    product of matrices, which a CPU does faster than groups."""
+
+    def __init__(self, runs: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        layers = [nn.Conv1d(inputs, outputs, 5, bias=False) for _ in range(runs)]
+        self.weight = nn.Parameter(
+            torch.stack([layer.weight.detach().permute(2, 1, 0).flatten(0, 1) for layer in layers])
+        )
+        self.norm = nn.BatchNorm1d(runs * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, batch, length, _ = x.shape
+        padded = F.pad(x, (0, 0, 2, 2))
+        seen = torch.cat([padded[:, :, i : i + length : 2] for i in range(5)], -1).flatten(1, 2)
+        out = (seen @ self.weight).transpose(0, 1)  # (B * length / 2, S, outputs)
+        return self.norm(out.flatten(1)).view_as(out).transpose(0, 1).unflatten(1, (batch, -1))
+
+
+class OverLength(nn.Module):
+    """The mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(2)
+
+
+def network_of(task: Task, runs: int, features: int, classes: int) -> nn.Module:
     if task.net == "mlp":
-        widths = (*shape, 100, 100)
-        for fan_in, fan_out in itertools.pairwise(widths):
-            layers += [Linear(runs, fan_in, fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, Linear(runs, widths[-1], classes))
+        return nn.Sequential(
+            Linear(runs, features, 100), nn.ReLU(), Linear(runs, 100, 100), nn.ReLU(), Linear(runs, 100, classes)
+        )
     if task.net == "cnn":
-        for fan_in in (1, 25, 25):
-            conv = nn.Conv1d(runs * fan_in, runs * 25, 5, 2, 2, groups=runs, bias=False)
-            layers += [conv, nn.BatchNorm1d(runs * 25), nn.ReLU()]
-        layers = [nn.Unflatten(1, (runs, -1)), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten()]
-        return nn.Sequential(*layers, Linear(runs, 25, classes))
+        convolutions = [layer for inputs in (1, 25, 25) for layer in (Conv(runs, inputs, 25), nn.ReLU())]
+        return nn.Sequential(nn.Unflatten(2, (-1, 1)), *convolutions, OverLength(), Linear(runs, 25, classes))
     stem = nn.Conv2d(runs, runs * 16, 3, 2, 1, groups=runs, bias=False)
     layers = [stem, Block(runs, 16, 24), nn.BatchNorm2d(runs * 24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, Linear(runs, 24, classes))
+    return nn.Sequential(Grouped(runs, nn.Sequential(*layers)), Linear(runs, 24, classes))
 
 
 def network(task: Task, starts: Sequence[int]) -> nn.Module:
     """With the weights that each start would give alone."""
     x, y, *_ = pool(task.source)
-    classes = int(y.max()) + 1
-
-    def made(runs: int) -> nn.Module:
-        return SideBySide(runs, layers_of(task, runs, x.shape[1:], classes), classes)
-
+    made = functools.partial(network_of, task, features=x.shape[-1], classes=int(y.max()) + 1)
     alone = []
     for start in starts:
         torch.manual_seed(start)
-        alone.append(made(1).state_dict())
-    together = made(len(starts))
+        alone.append(made(runs=1).state_dict())
+    together = made(runs=len(starts))
     joined = {name: torch.cat([of[name] for of in alone]) for name, own in alone[0].items() if own.ndim}
     together.load_state_dict(together.state_dict() | joined)
     return together
