@@ -1,15 +1,34 @@
-"""Every code block of the documentation runs: README.md, CONTRIBUTING.md, docs/ and the docstrings of src/."""
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs as pasted: after the first Python block of its page, and no other.
+
+The first block is what a reader sees as the page's set-up. It runs in an empty namespace, and each of the others in a copy of what it
+leaves, in a new folder.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from sybil import Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from sybil.parsers.markdown import CodeBlockParser
+
+
+def run(code: str, example: Example, namespace: dict[str, Any]) -> None:
+    lines_above = "\n" * (example.line + example.parsed.line_offset)
+    exec(compile(lines_above + code, example.path, "exec"), namespace)
+
+
+class PythonParser(CodeBlockParser):
+    """`report`, if a block makes one, is for the text below it."""
+
+    language = "python"
+
+    def evaluate(self, example: Example) -> None:
+        page = example.namespace
+        namespace = dict(page.get("set_up", {"__name__": "__main__"}))
+        run(example.parsed, example, namespace)
+        page.setdefault("set_up", namespace)
+        page["report"] = namespace.get("report")
 
 
 class DiffParser(CodeBlockParser):
@@ -20,11 +39,11 @@ class DiffParser(CodeBlockParser):
     def evaluate(self, example: Example) -> None:
         for sign in "-+":
             lines = [line[1:] for line in example.parsed.splitlines() if line[:1] in (sign, " ")]
-            exec(compile("\n".join(lines), example.path, "exec"), example.namespace)
+            run("\n".join(lines), example, dict(example.namespace["set_up"]))
 
 
 class ReportParser(CodeBlockParser):
-    """A ```text block is what the `report` above it prints."""
+    """A ```text block is what the `report` of the block above it prints."""
 
     language = "text"
 
@@ -33,28 +52,9 @@ class ReportParser(CodeBlockParser):
         return None if printed == example.parsed.rstrip() else f"This is printed:\n{printed}"
 
 
-def _small_world(namespace: dict[str, Any]) -> None:
-    """What the reader of a page has already: a data set, a pre-trained model, a fresh one and its optimizer."""
-    torch.manual_seed(0)
-    train_set = TensorDataset(torch.randn(64, 8), torch.randint(10, (64,)))
-    model, pretrained = nn.Linear(8, 10), nn.Linear(8, 10)
-    namespace.update(
-        torch=torch,
-        nn=nn,
-        F=nn.functional,
-        DataLoader=DataLoader,
-        train_set=train_set,
-        loader=DataLoader(train_set, batch_size=32),
-        model=model,
-        pretrained=pretrained,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-    )
-
-
 pytest_collect_file = Sybil(
     path=Path(__file__).parent.parent,
-    parsers=[PythonCodeBlockParser(), DiffParser(), ReportParser()],
-    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/terms/*.md"],
-    setup=_small_world,
-    fixtures=["checkpoint"],
+    parsers=[PythonParser(), DiffParser(), ReportParser()],
+    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md"],
+    fixtures=["new_folder"],
 ).pytest()

@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import tasks
+import torch._dynamo  # noqa: F401  # here, or every worker would import it anew: 3 seconds each
 from methods import METHODS
-from report import page, table
+from report import finished, page, picture_of, table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tasks import TASKS
@@ -47,6 +48,7 @@ from machine import RESULTS, filled, machine
 
 FOLDER, AGAIN = RESULTS / "study", Path("runs") / "study"
 PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
+PICTURE = PAGE.parent / "images" / "gains.svg"
 SEEDS, SEARCH_SEEDS, MORE_SEEDS = tuple(range(10)), (1000, 1001), (1002, 1003, 1004, 1005)
 FEW = 3  # settings that the search runs on more seeds
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9, 3.0, 9.0)
@@ -239,9 +241,12 @@ def nice(x: float) -> float:
     return float(f"{x:.2g}")
 
 
+def recorded() -> list[Study]:
+    return finished((Study(name, FOLDER, 1, 0.0, Console()) for name in TASKS), len(SEEDS))
+
+
 def fill_page(text: str) -> str:
-    studies = [Study(name, FOLDER, 1, 0.0, Console()) for name in TASKS]
-    return filled(text, "study", page(studies, len(SEEDS)))
+    return filled(text, "study", page(recorded()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,10 +259,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--minutes", type=float, default=1e9, help="begin nothing later")
     p.add_argument("--results", type=Path, default=FOLDER)
-    p.add_argument("--page", action="store_true", help="write docs/accuracy.md from the results, and run nothing")
+    p.add_argument("--page", action="store_true", help="write docs/accuracy.md and its picture, run nothing")
     args = p.parse_args(argv)
     if args.page:
         PAGE.write_text(fill_page(PAGE.read_text()))
+        if studies := recorded():
+            PICTURE.write_text(picture_of(studies))
         return
     names, of = args.methods.split(","), (args.repeat or args.task).split(",")
     for what, given, known in (("--methods", names, METHODS), ("--task", of, TASKS)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods import METHODS
+from picture import picture
 from rich.table import Table
+from tasks import TASKS
 
 sys.path.append(str(Path(__file__).parents[1]))
 from machine import error, spread
@@ -73,12 +75,26 @@ def table(study: Study, what: str) -> Table:
     return shown
 
 
-def page(studies: Iterable[Study], seeds: int) -> str:
-    """What docs/accuracy.md says of the tasks that are done: every method on all seeds."""
+def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
+    """Those that have every method on all seeds."""
+    return [study for study in studies if all(len(found(study).get(name, {})) >= seeds for name in METHODS)]
+
+
+def page(studies: Iterable[Study]) -> str:
+    """What docs/accuracy.md says of each task."""
     said = []
     for study in studies:
-        if all(len(found(study).get(name, {})) >= seeds for name in METHODS):
-            of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
-            of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
-            said.append("\n".join([f"### {study.name}", "", *of]))
+        of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
+        of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
+        said.append("\n".join([f"### {study.name}", "", *of]))
     return "\n\n".join(said) or "No task is done yet."
+
+
+def picture_of(studies: Sequence[Study]) -> str:
+    of = {TASKS[study.name]: found(study) for study in studies}
+
+    def above(lines: Found, name: str) -> tuple[float, float]:
+        return statistics.fmean(gains(lines, name)), error(gains(lines, name))
+
+    others = [name for name in METHODS if name != "cross-entropy"]
+    return picture({name: [(task, *above(lines, name)) for task, lines in of.items()] for name in others})

@@ -41,7 +41,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        *(Task("mnist1d", 4_000, noise, "mlp", 60) for noise in (0, 40)),
+        Task("mnist1d", 4_000, 0, "mlp", 120),
+        Task("mnist1d", 4_000, 40, "mlp", 60),
         *(Task("mnist1d", 1_000, noise, "cnn", 120) for noise in (0, 20, 40)),
         *(Task("mnist1d", 4_000, noise, "cnn", 50) for noise in (0, 20, 40)),
         *(Task("fashion-mnist", 2_000, noise, "resnet", 60, augment=True) for noise in (0, 40)),
