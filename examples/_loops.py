@@ -1,6 +1,7 @@
-"""What the loops with a framework share: 1,000 embedded images, 40% of their labels wrong, and the pre-trained model.
+"""What the loops with a framework share: the data, the network, the pre-trained model.
 
-The 4,000 test images keep their labels. Learning rate, weight decay and epochs are those of quickstart.py.
+1,000 embedded images, 40% of their labels wrong. The 4,000 test images have true labels.
+Learning rate, weight decay and epochs are those of quickstart.py.
 """
 
 from __future__ import annotations

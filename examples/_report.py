@@ -1,10 +1,12 @@
-"""What a run of cifar_train.py says: numbers of a network, a line an epoch, `log.jsonl`, a table, `curves.png`."""
+"""What a run of cifar_train.py says: what is run, a line for each epoch, `log.jsonl`, a table, `curves.png`."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import statistics
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,33 @@ if TYPE_CHECKING:
     from cifar_train import Run
 
 PHASES = {1: "pre-trained", 2: "student"}
+SEEDS = Path(__file__).parent.parent / "benchmarks" / "results" / "example_seeds.json"
 Record = dict[str, Any]
+
+
+def announce(run: Run) -> None:
+    """Before anything is trained: on what, which network, how long, and what the columns mean."""
+    args, data = run.args, run.data
+    train, validation, test = (f"{len(labels):,}" for _, labels in (data.train, data.validation, data.test))
+    noise = f"{args.label_noise:.0%} of the labels wrong" if args.label_noise else "labels as they are"
+    terms = " + ".join(args.terms) or "cross-entropy"
+    lines = [
+        f"data     {args.dataset}: {train} training images, {noise};",
+        f"         {validation} validation and {test} test images, labels as they are",
+        f"network  {args.model} on {args.device}, seed {args.seed}, learning rate {args.lr:g}, "
+        f"weight decay {args.weight_decay:g}",
+        f"phase 1  pre-trained: {args.epochs} epochs of cross-entropy",
+        f"phase 2  student: {args.epochs} epochs of {terms}",
+        "columns  NLL: negative log-likelihood, ECE: calibration error, both of the test images;",
+        "         then the mean of each term of the loss",
+    ]
+    if "adversarial" in args.terms:
+        lines += [
+            "         discriminator right: how often it scores the teacher's prediction above the",
+            "         student's, in the last step. About 50% to 80% is healthy; in the first",
+            "         epochs it may be lower. Near 100% the student learns little from it.",
+        ]
+    run.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 @torch.no_grad()
@@ -76,7 +104,7 @@ def add_epoch(
     values = "  ".join(f"{term} {value:.3f}" for term, value in terms.items())
     right = record["diagnostics"].get("adversarial/accuracy")
     run.console.print(
-        f"{record['phase']:>11} {epoch + 1:3d}/{run.args.epochs}  accuracy {record['accuracy']:5.2f}%  "
+        f"{record['phase']:>11} {epoch + 1:3d}/{run.args.epochs}  test accuracy {record['accuracy']:5.2f}%  "
         f"NLL {record['nll']:.3f}  ECE {record['ece']:5.2f}%  {values}  "
         + ("" if right is None else f"discriminator right {right:.0%}  ")
         + f"({seconds:.1f} s)",
@@ -120,12 +148,16 @@ def report(run: Run, models: dict[str, nn.Module]) -> None:
         temperature = fit_temperature(*predict(model, data, data.validation))
         logits, target = predict(model, data, data.test)
         scaled = measure(logits / temperature, target)
+        records = [record for record in history if record["phase"] == name]
+        best = max(records, key=lambda record: record["validation_accuracy"])
         results[name] = {
             **measure(logits, target),
+            "best_epoch": best["epoch"] + 1,
+            "best_accuracy": best["accuracy"],
             "nll_scaled": scaled["nll"],
             "ece_scaled": scaled["ece"],
             "temperature": temperature,
-            "seconds": sum(record["seconds"] for record in history if record["phase"] == name),
+            "seconds": sum(record["seconds"] for record in records),
         }
         diagrams[name] = bins(logits, target).cpu()
     write_log(run, {"result": results})
@@ -134,12 +166,14 @@ def report(run: Run, models: dict[str, nn.Module]) -> None:
     plain, student = results["pre-trained"], results["student"]
     noise = f", {args.label_noise:.0%} wrong labels" if args.label_noise else ""
     table = Table(title=f"{args.dataset}, {args.model}, {len(data.train[0])} images{noise}, seed {args.seed}")
-    table.add_column(f"{len(data.test[0])} test images")
-    table.add_column("plain cross-entropy\n(the pre-trained model)", justify="right")
+    table.add_column(f"{len(data.test[0]):,} test images")
+    table.add_column("plain cross-entropy\n(pre-trained)", justify="right")
     table.add_column("student\n" + ("\n+ ".join(args.terms) or "cross-entropy"), justify="right")
     table.add_column("difference", justify="right")
     for label, key, form in (
-        ("accuracy, %", "accuracy", ".2f"),
+        ("test accuracy, last, %", "accuracy", ".2f"),
+        ("test accuracy, best, %", "best_accuracy", ".2f"),
+        ("best epoch", "best_epoch", "d"),
         ("NLL, nats", "nll", ".3f"),
         ("NLL, scaled", "nll_scaled", ".3f"),
         ("ECE, %", "ece", ".2f"),
@@ -149,8 +183,33 @@ def report(run: Run, models: dict[str, nn.Module]) -> None:
     ):
         table.add_row(label, f"{plain[key]:{form}}", f"{student[key]:{form}}", f"{student[key] - plain[key]:+{form}}")
     run.console.print(table)
+    run.console.print("[dim]last: after the last epoch; best: after the epoch of the highest validation accuracy[/]")
     run.console.print("[dim]scaled: after dividing the logits by the temperature that suits the validation images[/]")
+    if tuned := tuned_plain(args):
+        run.console.print(tuned, highlight=False)
     run.console.print(f"[dim]{args.out / 'curves.png'}, {args.out / 'log.jsonl'}[/]")
+
+
+def tuned_plain(args: Namespace, path: Path = SEEDS) -> str:
+    """What plain training reaches with the weight decay that is best for it, if that was recorded for this task."""
+    if not path.exists():
+        return ""
+    recorded = json.loads(path.read_text())
+    of_the_student = {"alpha", "temperature", "terms"}
+    if any(getattr(args, name) != value for name, value in recorded["settings"].items() if name not in of_the_student):
+        return ""
+
+    def mean(decay: float, name: str, key: str) -> float:
+        return statistics.fmean(run[name][key] for run in recorded["runs"] if run["weight_decay"] == decay)
+
+    decays = {run["weight_decay"] for run in recorded["runs"]}
+    decay = max(decays, key=lambda decay: mean(decay, "pre-trained", "validation_accuracy"))
+    seeds = sum(run["weight_decay"] == decay for run in recorded["runs"])
+    plain, student = (mean(decay, name, "accuracy") for name in PHASES.values())
+    return (
+        f"Tune the weight decay first: with {decay:g} plain training reaches {plain:.1f}% on this task, and the full "
+        f"method {student:.1f}% (last epoch, means of {seeds} seeds, benchmarks/results/{path.name})."
+    )
 
 
 def plot(history: list[Record], diagrams: dict[str, Tensor], path: Path) -> None:

@@ -1,18 +1,21 @@
-"""The full method on sequences `(B, T, C)`: a language model of characters, with padded lines and a mask.
+"""The full method for a language model: logits `(B, T, C)`, padded lines and a mask.
 
     python examples/language_model.py [SEED]
 
-A GRU reads lines of "Tom Sawyer", 300 of them, so few that it over-fits. Every position of a line is a sample with an id of
-its own. The store keeps the eight largest probabilities of a row. Both numbers of epochs and the learning rate were chosen
-by the validation lines, which are printed first; the test lines chose nothing. Plain training stops where it is best.
+A GRU reads lines of "Tom Sawyer", character by character. There are 300 lines to train
+on, so few that it overfits. Every position of a line is a sample with an id of its own.
+The store keeps the eight largest probabilities of each. The validation lines chose both
+numbers of epochs and the learning rate. The test lines chose nothing. Plain training
+stops where it is best.
 
 Printed for seed 0 (torch 2.13.0, 12 s of one core):
 
     validation perplexity: unigram 22.43, pre-trained 7.95, student 7.73
     test perplexity: unigram 23.05, pre-trained 8.27, student 8.01
 
-Seed 1: test 8.14 and 7.82; seed 2: 8.09 and 7.93. The student takes twice as many epochs. Plain training is not at its
-best here: half the learning rate and 18 epochs came nearer to the student on the validation lines.
+Seed 1: test 8.14 and 7.82; seed 2: 8.09 and 7.93. The student takes twice as many epochs.
+Plain training is not at its best here: half the learning rate and 18 epochs came nearer
+to the student on the validation lines.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from torch import Tensor, nn
 from aikd_losses import AIKDLoss, CachedTargets, FrozenTeacher, MLPDiscriminator
 
 TEXT = Path(__file__).parent / "data" / "tom-sawyer" / "chapters-1-to-6.txt"
-T, PADDING = 48, -100  # characters a line, longer lines are cut; the label of a position that does not count
-TRAIN, VALIDATION = 300, 300  # lines, in the novel's order; the other 820 are the test part
-BATCH, PLAIN_EPOCHS, STUDENT_EPOCHS = 30, 12, 24  # as many as the validation lines ask for
+T = 48  # characters a line; longer lines are cut
+PADDING = -100  # the label of a position that does not count
+TRAIN, VALIDATION = 300, 300  # lines, in the novel's order; the other 820 are for the test
+BATCH, PLAIN_EPOCHS, STUDENT_EPOCHS = 30, 12, 24  # chosen by the validation lines
 
 
 class Model(nn.Module):
@@ -45,8 +49,9 @@ class Model(nn.Module):
 
 
 def encode(lines: list[str], characters: str) -> tuple[Tensor, Tensor]:
-    """What is read and what comes next, both (N, T). A line begins after a newline and ends with one."""
-    x, y = torch.zeros(len(lines), T, dtype=torch.int64), torch.full((len(lines), T), PADDING)
+    """What is read and what comes next, both (N, T). A newline before and after a line."""
+    x = torch.zeros(len(lines), T, dtype=torch.int64)
+    y = torch.full((len(lines), T), PADDING)
     for i, line in enumerate(lines):
         codes = torch.tensor([characters.index(c) for c in f"\n{line}\n"])[: T + 1]
         x[i, : len(codes) - 1], y[i, : len(codes) - 1] = codes[:-1], codes[1:]

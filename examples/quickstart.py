@@ -1,6 +1,8 @@
-"""AI-KD in a plain loop: train a network, freeze it, train a fresh one that learns from it.
+"""The full method in a plain PyTorch loop, with noisy labels.
 
-2,000 embedded images, 40% of the labels wrong; the 4,000 test images are clean. Torch and aikd_losses alone.
+First a network is trained with cross-entropy and frozen. Then a fresh one learns from
+it. There are 2,000 training images, and 40% of their labels are wrong. The 4,000 test
+images have true labels. It needs torch and aikd_losses alone.
 
     python examples/quickstart.py
     test accuracy: pre-trained 66.95%, student 69.33%
@@ -17,30 +19,35 @@ from aikd_losses import AIKDLoss, FrozenTeacher
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
 EPOCHS = 40
+SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def read(name, header):
+    raw = gzip.decompress((FILES / f"{name}-ubyte.gz").read_bytes())
+    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
 
 
 def load(part, size):
-    x, y = (
-        gzip.decompress((FILES / f"{part}-{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")
-    )
-    x, y = (torch.frombuffer(bytearray(raw), dtype=torch.uint8) for raw in (x[16:], y[8:]))
-    return (x.view(-1, 784)[:size] - 73.0) / 90.0, y[:size].long()  # mean and standard deviation of the pixels
+    x, y = read(f"{part}-images-idx3", 16), read(f"{part}-labels-idx1", 8)
+    x = (x.view(-1, 784)[:size] - 73.0) / 90.0  # mean and standard deviation
+    return x, y[:size].long()
 
 
 def train(teacher=None):
-    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    hidden = nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+    model = nn.Sequential(*hidden, nn.Linear(256, 10))
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     criterion = AIKDLoss(len(x), num_classes=10, num_epochs=EPOCHS)
     for _ in range(EPOCHS):
-        for index in torch.randperm(len(x)).split(125):  # which samples these are: their ids
+        for index in torch.randperm(len(x)).split(125):  # the ids of these samples
             logits = model(x[index])
             if teacher is None:
                 loss = F.cross_entropy(logits, y[index])
             else:
-                tensors = dict(student_logits=logits, teacher_logits=teacher(x[index]), index=index)
-                loss, _ = criterion(**tensors, target=y[index])
-                criterion.update(**tensors)
+                both = dict(student_logits=logits, teacher_logits=teacher(x[index]))
+                loss, _ = criterion(**both, target=y[index], index=index)
+                criterion.update(**both, index=index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

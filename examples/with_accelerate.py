@@ -1,15 +1,20 @@
-"""AI-KD under Accelerate, on one process or several.
+"""The full method under Accelerate, on one process or several.
+
+40% of the training labels are wrong.
 
     python examples/with_accelerate.py
     ...
     processes: 1
     test accuracy: pre-trained 60.82%, student 63.38%
 
-    torchrun --nproc-per-node 2 examples/with_accelerate.py  # each has half of every batch; student 63.55%
+On two processes each has half of every batch, and the student reaches 63.55%:
 
-The model, its optimizer and the loader are prepared. The criterion is not: it is no part of the model, and it looks after
-several processes itself. It is moved to the device, and registered for checkpoints (`accelerator.save_state`, after
-`advance_epoch`). The schedule is not prepared either, as it goes by epochs.
+    torchrun --nproc-per-node 2 examples/with_accelerate.py
+
+The model, its optimizer and the loader are prepared. The criterion is not. It is no part
+of the model, and it looks after several processes itself. It is moved to the device, and
+registered for checkpoints (`accelerator.save_state`, after `advance_epoch`). The schedule
+is not prepared either, as it goes by epochs.
 """
 
 from __future__ import annotations
@@ -42,8 +47,8 @@ def train(accelerator: Accelerator, pretrained: nn.Module) -> nn.Module:
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
-            criterion.update(**tensors)  # averages the discriminator's gradient over the processes
-        criterion.advance_epoch()  # and here they exchange what each remembered
+            criterion.update(**tensors)  # averages over the processes
+        criterion.advance_epoch()  # they exchange what each remembers
         schedule.step()
         if (epoch + 1) % 10 == 0:
             values = "  ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
@@ -52,7 +57,7 @@ def train(accelerator: Accelerator, pretrained: nn.Module) -> nn.Module:
 
 
 def main() -> None:
-    # Without `cpu` the processes that torchrun starts where there is no GPU would each train as if alone.
+    # `cpu`: without a GPU, torchrun's processes would otherwise each train as if alone.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     set_seed(0)
     pretrained = pretrained_model()  # the same in every process
@@ -60,7 +65,7 @@ def main() -> None:
     if accelerator.is_main_process:
         print(f"processes: {accelerator.num_processes}")
         report(pretrained, student)
-    accelerator.free_memory()  # DDP holds the process group; left to the interpreter's exit, gloo may abort
+    accelerator.free_memory()  # or DDP holds the process group, and gloo may abort
     accelerator.end_training()
 
 

@@ -1,12 +1,15 @@
-"""AI-KD in an Engine of PyTorch-Ignite: the step is the plain loop's, and an event ends the epoch.
+"""The full method in an Engine of PyTorch-Ignite.
+
+The step is the plain loop's, and an event ends the epoch. 40% of the training labels are
+wrong.
 
     python examples/with_ignite.py
     ...
     epoch 40  progressive 0.810  deterministic 0.098  adversarial -0.046
     test accuracy: pre-trained 60.82%, student 63.38%
 
-A checkpoint handler takes `{"model": model, "criterion": criterion, "optimizer": optimizer}`; attach it after the event
-that ends the epoch.
+A checkpoint handler takes `{"model": model, "criterion": criterion, "optimizer":
+optimizer}`. Attach it after the event that ends the epoch.
 """
 
 from __future__ import annotations

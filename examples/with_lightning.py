@@ -1,12 +1,15 @@
-"""AI-KD in a LightningModule with automatic optimization, stopped half way and resumed from Lightning's own checkpoint.
+"""The full method in a LightningModule, with automatic optimization.
+
+Training is stopped half way, and resumed from Lightning's own checkpoint. 40% of the
+training labels are wrong.
 
     python examples/with_lightning.py
     ...
-    epoch 40  train/adversarial -0.102  train/deterministic 0.085  train/progressive 0.811  val/accuracy 0.636  val/loss 1.191
     test accuracy: pre-trained 60.82%, student 63.60%
 
-`update` goes into `training_step`, before the backward pass that Lightning makes afterwards: the gradients are the same. The
-criterion is a submodule, so that its state is in the checkpoint. The teacher is one too, but its weights are not.
+`update` goes into `training_step`. Lightning makes the backward pass after it, and the
+gradients are the same. The criterion is a submodule, so its state is in the checkpoint.
+The teacher is a submodule too, but its weights are not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ class Student(L.LightningModule):
         tensors = dict(student_logits=self.model(x), teacher_logits=self.teacher(x), index=index)
         loss, terms = self.criterion(**tensors, target=y)
         self.criterion.update(**tensors)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()}, on_step=False, on_epoch=True)
+        values = {f"train/{name}": value for name, value in terms.items()}
+        self.log_dict(values, on_step=False, on_epoch=True)
         return loss
 
-    def on_train_start(self):  # after resuming from an epoch's last step no epoch ends: Lightning is in the next one
+    def on_train_start(self):
+        # Resumed from an epoch's last step, Lightning is in the next epoch: none ends.
         self.criterion.advance_epoch(self.current_epoch)
 
     def on_train_epoch_end(self):
@@ -52,10 +57,13 @@ class Student(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
-        logits = self.model(x)  # the test images have no ids: `index=None`, and no `update`
-        _, terms = self.criterion(student_logits=logits, teacher_logits=self.teacher(x), target=y, index=None)
-        # Cross-entropy. The total has the adversarial term, by which epochs cannot be compared: its discriminator moves.
-        self.log_dict({"val/loss": terms["progressive"], "val/accuracy": (logits.argmax(-1) == y).float().mean()})
+        logits = self.model(x)  # these images have no ids: `index=None`, no `update`
+        tensors = dict(student_logits=logits, teacher_logits=self.teacher(x), index=None)
+        _, terms = self.criterion(**tensors, target=y)
+        # Without ids the progressive term is cross-entropy. The total loss would not do:
+        # its adversarial part changes with the discriminator, from epoch to epoch.
+        accuracy = (logits.argmax(-1) == y).float().mean()
+        self.log_dict({"val/loss": terms["progressive"], "val/accuracy": accuracy})
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.model.parameters(), **SGD)

@@ -1,12 +1,16 @@
-"""AI-KD in the Trainer of Transformers: `compute_loss` of a small subclass, and a callback that ends the epoch.
+"""The full method in the Hugging Face Trainer, with gradient accumulation.
+
+A small subclass has `compute_loss`, and a callback ends the epoch. A small BERT of
+random weights reads an image, four rows of pixels a token. 40% of the training labels
+are wrong.
 
     python examples/with_transformers.py
-    ...
     test accuracy: pre-trained 61.12%, student 67.42%
 
-A small BERT of random weights reads an image, four rows of pixels a token. The data set's items are dicts, to which
-`IndexedDataset` adds "index". Items of the evaluation have none. A batch comes in two parts, whose gradients are accumulated.
-Training is stopped half way and resumed from the Trainer's checkpoint, into which the callback puts the criterion.
+The items of the data set are dicts, to which `IndexedDataset` adds "index". Items of the
+evaluation have none. A batch comes in two parts, whose gradients are accumulated.
+Training is stopped half way, and resumed from the Trainer's checkpoint. The callback
+puts the criterion into it.
 """
 
 from __future__ import annotations
@@ -63,7 +67,10 @@ class DistillationTrainer(Trainer):
 
 
 class EndOfEpoch(TrainerCallback):
-    """The next epoch, and the criterion's part of a checkpoint: the Trainer saves the model alone."""
+    """The next epoch, and the criterion's part of a checkpoint.
+
+    The Trainer itself saves the model alone.
+    """
 
     def __init__(self, criterion: AIKDLoss) -> None:
         self.criterion = criterion
@@ -71,14 +78,15 @@ class EndOfEpoch(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self.criterion.advance_epoch(round(state.epoch))
 
-    def on_save(self, args, state, control, **kwargs):  # with save_strategy="epoch" it comes after on_epoch_end
+    def on_save(self, args, state, control, **kwargs):  # it comes after on_epoch_end
         if state.is_world_process_zero:
             torch.save(self.criterion.state_dict(), self.path(args, state))
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed
-            self.criterion.load_state_dict(torch.load(self.path(args, state), weights_only=True))
-            self.criterion.advance_epoch(int(state.epoch))  # saved on an epoch's last step, by save_strategy="steps"
+            saved = torch.load(self.path(args, state), weights_only=True)
+            self.criterion.load_state_dict(saved)
+            self.criterion.advance_epoch(int(state.epoch))  # if saved on a last step
 
     def path(self, args, state) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "criterion.pt"

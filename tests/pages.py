@@ -1,7 +1,7 @@
-"""Every code block of README.md, CONTRIBUTING.md and docs/ runs as pasted: after the first Python block of its page, and no other.
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs as pasted.
 
-The first block is what a reader sees as the page's set-up. It runs in an empty namespace, and each of the others in a copy of what it
-leaves, in a new folder.
+The first Python block of a page is what its reader sees as the set-up. It runs in an empty namespace, each of the others
+in a copy of what it leaves, all in a new folder.
 """
 
 from __future__ import annotations

@@ -610,3 +610,8 @@ def test_the_summary_over_seeds_is_that_of_its_runs(tmp_path, monkeypatch, capsy
     assert head == ["| weight decay | plain: validation, test accuracy % | student minus plain, points (NLL scaled) |",
                     "|---|---|---|"]  # fmt: skip
     assert row == f"| 0.0005 (the example) | {held}, {test} | {points} ({nll}) |"
+
+
+def test_the_page_shows_the_seeds():
+    shown = example_seeds.PAGE.read_text()
+    assert example_seeds.fill_page(shown) == shown

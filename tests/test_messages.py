@@ -308,7 +308,7 @@ WRONG = {
     },
     "temperature": {
         **POSITIVE,
-        "TypeError: `{name}` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide.md.": [
+        "TypeError: `{name}` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide/parts.md.": [
             torch.tensor(2.0)
         ],
     },
@@ -368,7 +368,7 @@ WRONG = {
     },
     "dataset": {
         f"TypeError: `{{name}}` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
-        f"{kind}. Index a data set before it is loaded; for streams see docs/guide.md.": [wrong]
+        f"{kind}. Index a data set before it is loaded; for streams see docs/guide/parts.md.": [wrong]
         for kind, wrong in (("set", {1, 2}), ("DataLoader", Of(DataLoader)), ("Stream", Stream()))
     }
     | {

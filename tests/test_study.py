@@ -358,21 +358,29 @@ def test_the_picture_has_a_dot_a_task_where_its_mean_is_and_the_best_method_on_t
 
 
 def test_first_contact_counts_where_a_method_is_worse_by_more_than_a_standard_error(monkeypatch):
-    monkeypatch.setattr(first_contact, "PLACES", [("cnn", 0, False)])
+    monkeypatch.setattr(first_contact, "PLACES", [("cnn", 0, False, 40), ("mlp", 30, True, 120)])
     monkeypatch.setattr(first_contact, "WEIGHT_DECAYS", (0.0, 0.02))
     above = {"full": {0.0: (-1.0, -3.0), 0.02: (-1.0, 3.0)}}  # -2 +- 1, and 1 +- 2
     lines = [
-        dict(net="cnn", noise=0, constant=False, method=method, weight_decay=decay, seed=seed)
+        dict(net=net, noise=noise, constant=constant, epochs=epochs, method=method, weight_decay=decay, seed=seed)
         | {"accuracy": 50 + 10 * seed + above.get(method, {}).get(decay, (0.0, 0.0))[seed]}
+        for net, noise, constant, epochs in first_contact.PLACES
         for method in first_contact.METHODS
         for decay in (0.0, 0.02)
         for seed in (0, 1)
     ]
     table = first_contact.table(lines)
-    assert "| cnn, clean, cosine | 0 | 55.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | **-2.0 ± 1.0** |" in table
-    assert "| cnn, clean, cosine | 0.02 | 55.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 2.0 |" in table
-    assert "Settings, of 2, in which" in table
-    assert "deterministic: 0; full: 1; full, alpha to .5: 0" in table
+    ours = r"^\| ((?:cnn|mlp).*?) \| (\S+) \| 55.0 .* \| (\S+ ± \S+) \| \+0.0 ± 0.0 \| \+0.0 ± 0.0 \|$"
+    rows = re.findall(ours, table, re.MULTILINE)
+    assert rows == [  # the customary first
+        ("cnn, clean, cosine", "0", "**-2.0 ± 1.0**"),
+        ("cnn, clean, cosine", "0.02", "+1.0 ± 2.0"),
+        ("mlp, 30% wrong, constant, 120 epochs", "0", "**-2.0 ± 1.0**"),
+        ("mlp, 30% wrong, constant, 120 epochs", "0.02", "+1.0 ± 2.0"),
+    ]
+    first, every = re.search(r"of the first 1 settings: (.*)\. In all 4: (.*)\.", table).groups()
+    assert "deterministic 0; full 1; full, alpha to .5 0" in first
+    assert "deterministic 0; full 2; full, alpha to .5 0" in every
 
 
 def test_first_contact_runs_every_weight_decay_and_seed_with_a_teacher_of_its_own_setting(monkeypatch):
@@ -381,7 +389,7 @@ def test_first_contact_runs_every_weight_decay_and_seed_with_a_teacher_of_its_ow
     monkeypatch.setattr(
         first_contact, "pretrained", lambda task, runs: asked.extend(runs) or train.pretrained(task, runs)
     )
-    lines = first_contact.accuracies("mlp", 20, True, "full, alpha to .5", range(2))
+    lines = first_contact.accuracies("mlp", 20, True, 2, "full, alpha to .5", range(2))
     assert {(x["weight_decay"], x["seed"]) for x in lines} == {
         (w, s) for w in first_contact.WEIGHT_DECAYS for s in (0, 1)
     }

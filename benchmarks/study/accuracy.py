@@ -47,7 +47,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from machine import RESULTS, filled, machine
 
 FOLDER, AGAIN = RESULTS / "study", Path("runs") / "study"
-PAGE = Path(__file__).parents[2] / "docs" / "accuracy.md"
+PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 PICTURE = PAGE.parent / "images" / "gains.svg"
 SEEDS, SEARCH_SEEDS, MORE_SEEDS = tuple(range(10)), (1000, 1001), (1002, 1003, 1004, 1005)
 FEW = 3  # settings that the search runs on more seeds
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--minutes", type=float, default=1e9, help="begin nothing later")
     p.add_argument("--results", type=Path, default=FOLDER)
-    p.add_argument("--page", action="store_true", help="write docs/accuracy.md and its picture, run nothing")
+    p.add_argument("--page", action="store_true", help="write docs/study.md and its picture, run nothing")
     args = p.parse_args(argv)
     if args.page:
         PAGE.write_text(fill_page(PAGE.read_text()))

@@ -58,6 +58,20 @@ class TwiceAsLong(Method):
     length = 2
 
 
+class FallingWeight(Method):
+    """Cross-entropy times the share that PS-KD leaves the labels: what that schedule does without any previous prediction."""
+
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.share, self.epoch = LinearRamp(0.2, self.epochs, start=1.0), 0
+
+    def loss(self, index: Tensor) -> Tensor:
+        return self.share(self.epoch) * super().loss(index)
+
+    def after_epoch(self) -> None:
+        self.epoch += 1
+
+
 class LabelSmoothing(Method):
     """Szegedy et al., 2016, https://arxiv.org/abs/1512.00567."""
 
@@ -243,3 +257,4 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full handing over": HandingOver,
     "full + CS-KD": WithClassWise,
 }
+EXPLAINS = {"falling weight": FallingWeight}  # beside the methods, in first_contact.py

@@ -81,7 +81,7 @@ def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
 
 
 def page(studies: Iterable[Study]) -> str:
-    """What docs/accuracy.md says of each task."""
+    """What docs/study.md says of each task."""
     said = []
     for study in studies:
         of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]

@@ -12,7 +12,7 @@ from typing import Any
 
 import tasks
 import torch
-from methods import METHODS
+from methods import EXPLAINS, METHODS
 from scores import best_temperature, logits_of, metrics, percent_right
 from tasks import BATCH, TASKS, draw, network
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class SGD:
 def trained(task: tasks.Task, runs: Sequence[Run], starts: Sequence[int], teacher: nn.Module | None) -> nn.Module:
     (name, own), *others = {(run.method, run.own) for run in runs}
     assert not others
-    method = METHODS[name](own)
+    method = (METHODS | EXPLAINS)[name](own)
     seeds = [run.seed for run in runs]
     data, model = draw(task, seeds), network(task, starts)
     optimizer = SGD(model.parameters(), [run.lr for run in runs], [run.weight_decay for run in runs])

@@ -14,7 +14,7 @@ from .stack import LossStack
 from .targets import CachedTargets, EMATargets, TargetStore
 from .teacher import FrozenTeacher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AIKDLoss",

@@ -81,7 +81,7 @@ def divergence(value: object, beta: object) -> float:
 def temperature(value: object) -> float:
     if isinstance(value, Tensor):
         raise TypeError(
-            "`temperature` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide.md."
+            "`temperature` must be a number; got a tensor. Pass its `.item()`; to learn it see docs/guide/parts.md."
         )
     return number("temperature", value, 1e-9, 1e9)  # beyond, float64 has too few digits for near distributions
 

@@ -37,7 +37,7 @@ class AIKDLoss(LossStack):
         temperature: T of the deterministic term (default 2).
         alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
         weights: any of the three weights, numbers or callables from the epoch, instead of w_p = w_d = 0.5 and w_a = 1. The
-            first two sum to 1, the weight of the cross-entropy that they replace, so that a learning rate keeps its meaning.
+            first two sum to 1, the weight of the cross-entropy that they replace, so the learning rate stays right.
             A pre-trained model that hands over to one's own predictions: `weights={"progressive": LinearRamp(1.0, num_epochs,
             start=0.5), "deterministic": LinearRamp(0.0, num_epochs, start=0.5)}`.
         targets: the store (default `CachedTargets(num_samples, num_classes)`, float16).

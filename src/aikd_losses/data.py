@@ -27,7 +27,7 @@ class IndexedDataset(Dataset[Any]):
         if not map_style or isinstance(dataset, IterableDataset):
             raise TypeError(
                 "`dataset` must be map-style, with __getitem__ and __len__: a stream or a loader has no sample ids; got "
-                f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide.md."
+                f"{type(dataset).__name__}. Index a data set before it is loaded; for streams see docs/guide/parts.md."
             )
         if _is_indexed(dataset):
             raise TypeError(

@@ -72,7 +72,7 @@ def progressive_kd(
     summand alone. $a$ is `alpha` where `known` (a bool a position; everywhere when None) and 0 elsewhere.
 
     >>> s = torch.zeros(1, 2)
-    >>> progressive_kd(s, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), alpha=0.5)    # log 2, whatever the target
+    >>> progressive_kd(s, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), alpha=0.5)  # log 2
     tensor(0.6931)
     """
     temperature, reduction = _checks.temperature(temperature), _checks.reduction(reduction)

@@ -129,8 +129,8 @@ def check_setup(
     training. What a term of your own changes in its `forward`, other than its buffers, is not undone. Raises `TypeError` for
     arguments of the wrong kind, and for a tensor that no term uses.
 
-    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]], requires_grad=True)
-    >>> report = check_setup(DeterministicKD(), student_logits=logits, teacher_logits=logits.detach().softmax(-1))
+    >>> s = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]], requires_grad=True)
+    >>> report = check_setup(DeterministicKD(), student_logits=s, teacher_logits=s.detach().softmax(-1))
     >>> report.ok, [(finding.severity, finding.where) for finding in report.findings]
     (False, [('error', 'teacher_logits')])
     """

@@ -149,13 +149,13 @@ class LossStack(Scheduled):
             cast(Any, self.terms[name]).update(**call.pick(tensors))
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """What the terms have to say of themselves, `{"adversarial/accuracy": ...}`, to be logged beside their values."""
+        """The `diagnostics()` of the terms that have them, as `{"adversarial/accuracy": ...}`, to be logged."""
         said = {name: cast(Any, term).diagnostics() for name, term in self.terms.items() if _has(term, "diagnostics")}
         return {f"{name}/{what}": value for name, of_term in said.items() for what, value in of_term.items()}
 
     def advance_epoch(self, epoch: int | None = None) -> None:
         """After each epoch (or, with a number, before that one): hand it on to the terms, a shared store once; take the next
-        weights. What is there already stays as it is."""
+        weights. A term that is at that number already does not change."""
         to, weights = self._next(epoch)  # which may be refused, as may an alpha
         for term in self.terms.values():
             if isinstance(term, ProgressiveKD):
