@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import aikd_losses
-
 if find_spec("sybil"):  # without it no page is collected
     from pages import pytest_collect_file  # noqa: F401
 
@@ -37,7 +35,16 @@ def new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def names_of_docstrings() -> dict[str, Any]:
+    """What the set-up of the reference makes, the page that shows the docstrings."""
+    page = (Path(__file__).parent / "docs" / "reference.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    return names
+
+
 @pytest.fixture(autouse=True)
-def _names_of_docstrings(doctest_namespace: dict[str, Any]) -> None:
+def _run_docstrings(doctest_namespace: dict[str, Any], names_of_docstrings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    doctest_namespace.update({name: getattr(aikd_losses, name) for name in aikd_losses.__all__}, torch=torch)
+    doctest_namespace.update(names_of_docstrings)
