@@ -1,15 +1,20 @@
-# `make test` and `make example` need Python 3.10+ and make; they set up .venv themselves.
+# `make` lists the targets. They need Python 3.10+ and make, and set up .venv themselves; `make example` has a small one.
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes, a file of tests in one of them, so that what its tests share is made once. PYTEST_ARGS="-n 0 FILE" for one file.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: test docs figures example example-seeds benchmark study coverage import-time soak mutants oldest check lint types
+.PHONY: help test docs figures example example-seeds benchmark study coverage import-time soak mutants oldest check lint types
 .PHONY: gpu gpu-rehearsal gpu-page
 .PHONY: dist setup clean
-.DEFAULT_GOAL := test
+.DEFAULT_GOAL := help
+
+help:                        ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo "Installing all that tests and documentation need into .venv (torch, the frameworks of the examples, tools) ..."
+	@echo "It is more than 2 GB and takes some minutes. 'make example' needs less."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps djangocms-katex  # for its KaTeX
@@ -22,12 +27,25 @@ test: .venv/ready            ## everything that is tested: mathematics, modules,
 
 docs: .venv/ready            ## the documentation site, readable offline, into build/site; fails on a broken link
 	$(BIN)/python tools/site.py
+	@echo "The site is in build/site: open build/site/index.html in a browser."
+	@echo "The search needs a server: $(BIN)/python -m http.server -d build/site, then http://localhost:8000"
 
 figures: .venv/ready         ## the pictures of docs/images that are drawn from the library
 	OMP_NUM_THREADS=1 $(BIN)/python tools/figures.py
 
-example: .venv/ready         ## the full method, both phases, on the embedded images
-	$(BIN)/python examples/cifar_train.py --out runs/example --overwrite $(ARGS)
+# What the example needs and no more: `datasets` is for other data sets. An environment for development serves as well.
+.venv-example/ready: pyproject.toml constraints.txt
+	@echo "Making a Python environment for the example, .venv-example ..."
+	$(PYTHON) -m venv .venv-example
+	@echo "Installing torch and three small packages into .venv-example: einops, matplotlib, rich ..."
+	@echo "Most of it is torch. For its much smaller CPU build set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds."
+	.venv-example/bin/pip install --no-compile --disable-pip-version-check --constraint constraints.txt --editable . matplotlib rich
+	touch $@
+
+example: BIN := $(if $(wildcard .venv/ready),.venv,.venv-example)/bin
+example: $(if $(wildcard .venv/ready),,.venv-example/ready)  ## the full method, both phases, on the embedded images
+	@echo "Training both phases with $(BIN)/python, half a minute on one CPU core ..."
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/cifar_train.py --out runs/example --overwrite $(ARGS)
 
 example-seeds: .venv/ready   ## the example over seeds and weight decays; writes benchmarks/results/
 	$(BIN)/python benchmarks/example_seeds.py $(ARGS)
@@ -71,13 +89,13 @@ gpu-page: .venv/ready        ## docs/gpu.md from what a GPU brought back
 	$(BIN)/python benchmarks/speed.py --device cuda --page
 	$(BIN)/python benchmarks/gpu_train.py --page
 
-lint: .venv/ready
+lint: .venv/ready            ## linter, formatter, spelling, and the library's size against its budget
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
 	$(BIN)/python tools/weight.py
 
-types: .venv/ready
+types: .venv/ready           ## the type checker, strict
 	$(BIN)/mypy
 
 dist: .venv/ready            ## sdist and wheel, checked; then the wheel alone in a clean environment, and the quickstart there
@@ -94,7 +112,7 @@ dist: .venv/ready            ## sdist and wheel, checked; then the wheel alone i
 	cd build/sdist && ../clean/bin/python -W ignore -c "import aikd_losses; print(aikd_losses.__version__, aikd_losses.__file__)"
 	cd build/sdist && ../clean/bin/python -W ignore examples/quickstart.py
 
-check: lint types dist
+check: lint types dist       ## all of lint, types and dist
 
-clean:
-	rm -rf .venv .venv-oldest build dist runs mutants
+clean:                       ## removes environments, builds and runs
+	rm -rf .venv .venv-oldest .venv-example build dist runs mutants

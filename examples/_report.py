@@ -32,22 +32,23 @@ def announce(run: Run) -> None:
     args, data = run.args, run.data
     train, validation, test = (f"{len(labels):,}" for _, labels in (data.train, data.validation, data.test))
     noise = f"{args.label_noise:.0%} of the labels wrong" if args.label_noise else "labels as they are"
-    terms = " + ".join(args.terms) or "cross-entropy"
+    terms, epochs = " + ".join(args.terms) or "cross-entropy", f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
     lines = [
         f"data     {args.dataset}: {train} training images, {noise};",
         f"         {validation} validation and {test} test images, labels as they are",
         f"network  {args.model} on {args.device}, seed {args.seed}, learning rate {args.lr:g}, "
         f"weight decay {args.weight_decay:g}",
-        f"phase 1  pre-trained: {args.epochs} epochs of cross-entropy",
-        f"phase 2  student: {args.epochs} epochs of {terms}",
-        "columns  NLL: negative log-likelihood, ECE: calibration error, both of the test images;",
-        "         then the mean of each term of the loss",
+        f"phase 1  pre-trained: {epochs} of cross-entropy",
+        f"phase 2  student: {epochs} of {terms}",
+        "columns  on the test images: accuracy, NLL (negative log-likelihood), ECE",
+        "         (calibration error); then the mean of each term of the loss",
     ]
     if "adversarial" in args.terms:
         lines += [
-            "         discriminator right: how often it scores the teacher's prediction above the",
-            "         student's, in the last step. About 50% to 80% is healthy; in the first",
-            "         epochs it may be lower. Near 100% the student learns little from it.",
+            "         discriminator right: how often it scores the teacher's prediction above",
+            "         the student's, in the last step. About 50% to 80% is healthy; in the",
+            "         first epochs it may be lower. Near 100% the student learns little",
+            "         from it.",
         ]
     run.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -196,7 +197,9 @@ def tuned_plain(args: Namespace, path: Path = SEEDS) -> str:
         return ""
     recorded = json.loads(path.read_text())
     of_the_student = {"alpha", "temperature", "terms"}
-    if any(getattr(args, name) != value for name, value in recorded["settings"].items() if name not in of_the_student):
+    if any(
+        getattr(args, name, None) != value for name, value in recorded["settings"].items() if name not in of_the_student
+    ):
         return ""
 
     def mean(decay: float, name: str, key: str) -> float:

@@ -9,10 +9,10 @@ own. The validation scenes chose the settings. The test scenes chose nothing.
 
 Printed for seed 0 (torch 2.13.0, 12 s of one core):
 
-    validation mIoU: all background 4.92, pre-trained 25.45, student 26.11
+    validation mIoU: all background 4.92, pre-trained 25.45, student 26.14
     test mIoU: all background 4.88, pre-trained 25.15, student 25.68
 
-Seed 1: test 22.62 and 23.76; seed 2: 24.08 and 24.03. So no worse, and not clearly better
+Seed 1: test 22.62 and 23.74; seed 2: 24.08 and 24.04. So no worse, and not clearly better
 over three seeds. With the adversarial term at its full weight the validation scenes lost
 0.5 on average; with 40 scenes they gained 0.6.
 """

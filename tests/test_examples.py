@@ -135,10 +135,48 @@ def test_a_run_leaves_a_picture_a_log_and_a_checkpoint_and_its_table_fits_a_term
     run(out, "--resume")  # all is done: nothing but the report
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    (accuracy,) = (line for line in lines if "accuracy, %" in line)
-    plain, student = result["pre-trained"]["accuracy"], result["student"]["accuracy"]
-    cells = [cell.strip() for cell in accuracy.strip("│").split("│")]
-    assert cells == ["accuracy, %", f"{plain:.2f}", f"{student:.2f}", f"{student - plain:+.2f}"]
+    for label, key in (("test accuracy, last, %", "accuracy"), ("test accuracy, best, %", "best_accuracy")):
+        (row,) = (line for line in lines if label in line)
+        plain, student = result["pre-trained"][key], result["student"][key]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells == [label, f"{plain:.2f}", f"{student:.2f}", f"{student - plain:+.2f}"]
+
+
+def test_the_best_epoch_is_that_of_the_validation_images(whole):
+    _, (_, epochs, result) = whole
+    for name in ("pre-trained", "student"):
+        first, *others = (r for r in epochs if r["phase"] == name)
+        best = first
+        for record in others:
+            best = record if record["validation_accuracy"] > best["validation_accuracy"] else best
+        assert (result[name]["best_epoch"], result[name]["best_accuracy"]) == (best["epoch"] + 1, best["accuracy"])
+
+
+def test_a_run_begins_by_saying_what_it_trains_on_how_long_and_what_its_columns_mean(tmp_path, capsys):
+    run(tmp_path, "--epochs", 1, "--label-noise", "0.25")
+    said, _, lines = capsys.readouterr().out.partition("pre-trained   1/1")
+    for words in ("fashion-mnist-mini: 256 training images, 25% of the labels wrong", "100 validation and 4,000 test",
+                  "mlp on cpu, seed 0", "1 epoch of cross-entropy", "1 epoch of progressive + deterministic + adv",
+                  "discriminator right: how often"):  # fmt: skip
+        assert words in said
+    assert "  test accuracy " in lines
+
+
+def test_what_plain_training_reaches_when_it_is_tuned_is_read_from_the_recorded_runs(tmp_path):
+    """Of the weight decay with the best validation accuracy, and only for the task that was recorded."""
+    sentence = reporting.tuned_plain(example.parse([]))
+    runs = json.loads(reporting.SEEDS.read_text())["runs"]
+    held = {}
+    for r in runs:
+        held.setdefault(r["weight_decay"], []).append(r["pre-trained"]["validation_accuracy"])
+    decay = max(held, key=lambda decay: np.mean(held[decay]))
+    plain, student = (np.mean([r[name]["accuracy"] for r in runs if r["weight_decay"] == decay])
+                      for name in ("pre-trained", "student"))  # fmt: skip
+    assert f"with {decay:g} plain training reaches {plain:.1f}% on this task" in sentence
+    assert f"the full method {student:.1f}% (last epoch, means of {len(held[decay])} seeds" in sentence
+    assert reporting.tuned_plain(example.parse(["--weight-decay", "0.1", "--terms", "none"])) == sentence
+    assert reporting.tuned_plain(example.parse(["--epochs", "3"])) == ""
+    assert reporting.tuned_plain(example.parse([]), tmp_path / "nowhere.json") == ""
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ TASKS = {  # settings of a shorter run; between what a model without knowledge i
     "language_model.py": (dict(PLAIN_EPOCHS=3, STUDENT_EPOCHS=4), (15, 30), lambda of_none: (2, of_none / 1.7)),  # bits
     "segmentation.py": (dict(EPOCHS=25, TEST=200), (0, 100 / 11), lambda of_none: (2 * of_none, 100)),  # eleven classes
 }
-LINES = {"quickstart.py": 60} | dict.fromkeys([*LOOPS, *TASKS], 120)
+LINES = {"quickstart.py": 70} | dict.fromkeys([*LOOPS, *TASKS], 130)
+PAGE = EXAMPLES.parent / "docs" / "examples.md"
 
 # Everything is imported once, and each example runs in a fork, as the script that it is.
 DRIVER = """
@@ -123,17 +124,32 @@ def test_dense_outputs_are_learnt(name, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_an_example_is_short_and_its_header_says_how_it_is_run_and_what_the_readme_says(name):
+def test_an_example_is_short_and_its_header_says_what_the_readme_and_the_page_say(name):
+    """How it is run, and what it printed; the page shows the file itself, and the lines of its header."""
     text = (EXAMPLES / name).read_text()
     assert len(text.splitlines()) < LINES[name]
-    assert f"\n    python examples/{name}" in text.split('"""')[1]
+    header = text.split('"""')[1]
+    assert f"\n    python examples/{name}" in header
     (printed,) = re.findall(r"^    test .*(pre-trained .*)$", text, re.MULTILINE)
     numbers = re.findall(r"\d+\.\d+", printed)
+    (shown,) = (tab for tab in re.split(r'^=== "', PAGE.read_text(), flags=re.MULTILINE) if f"examples/{name}" in tab)
+    command, *lines = re.search(r"```console\n(.*?)\n    ```", shown, re.DOTALL)[1].split("\n    ")
+    assert command.strip() == f"$ python examples/{name}"
+    output = re.findall(r"^    ((?:test|validation|epoch|processes).*)$", header, re.MULTILINE)
+    assert lines[-1] == output[-1]
+    assert set(output) <= set(lines)
+    assert f'    ```{{ .python }}\n    --8<-- "examples/{name}"\n    ```' in shown
     row = next(line for line in (EXAMPLES / "README.md").read_text().splitlines() if f"[{name}]({name})" in line)
     assert re.findall(r"\d+\.\d\d", row) == numbers
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) - sys.stdlib_module_names
     if name not in LOOPS:  # nothing but torch, the library and, for the images, what the examples share
         assert imported - ({"_data"} if name == "segmentation.py" else set()) == {"torch", "aikd_losses"}
+
+
+def test_the_page_has_the_words_that_its_readers_search_for():
+    said = " ".join(PAGE.read_text().split())
+    for words in ("Hugging Face Trainer", "Lightning", "label noise", "noisy labels", "gradient accumulation", "mixup"):
+        assert words in said
 
 
 # ------------------------------------------------------------------------------------------------ Lightning's checkpoints

@@ -54,9 +54,18 @@ def test_the_workflows_and_the_hooks_run_targets_that_the_makefile_has_and_hooks
     of_ci = set(re.findall(r"^make ([\w-]+)", text(".ci/run"), re.MULTILINE))
     assert set(made(ci)) == {"test", "gpu-rehearsal", "check"} == of_ci
     assert made(release) == [None, "test", "dist"]
-    lint_types_dist = re.search(r"^check: (.+)$", text("Makefile"), re.MULTILINE)[1].split()
+    lint_types_dist = re.search(r"^check: ([^#]+)", text("Makefile"), re.MULTILINE)[1].split()
     assert set(made(hook["entry"] for hook in hooks)) - {None} == {*lint_types_dist, "test"} - {"dist"}
     assert {*lint_types_dist, "test", "dist"} <= read_targets()
+
+
+def test_bare_make_lists_every_target_with_what_it_does():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [re.fullmatch(r"make ([a-z-]+) +(\S.*)", line) for line in done.stdout.splitlines()]
+    assert None not in rows
+    assert [row[1] for row in rows] == list(dict.fromkeys(row[1] for row in rows))
+    phony = {name for line in re.findall(r"^\.PHONY: (.+)$", text("Makefile"), re.MULTILINE) for name in line.split()}
+    assert {row[1] for row in rows} == read_targets() == phony
 
 
 def test_the_pythons_that_are_tested_are_those_that_are_claimed():

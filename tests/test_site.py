@@ -132,6 +132,19 @@ def test_every_public_name_and_method_is_in_the_reference_and_examples_are_code(
     assert "<blockquote>" not in prose
 
 
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_that_people_copy_is_at_most_88_columns_wide(page):
+    blocks = re.findall(r"^```(?:python|diff)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
 def test_the_cheat_sheet_has_every_name_with_its_arguments_and_their_defaults():
     rows = re.findall(
         r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", (ROOT / "docs" / "cheatsheet.md").read_text(), re.MULTILINE
