@@ -342,6 +342,15 @@ def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended
     )
 
 
+def test_numbers_of_the_verdict_are_those_of_the_tables():
+    tables = accuracy.PAGE.read_text()
+    readme = (accuracy.PAGE.parents[1] / "README.md").read_text().split("## Does it pay?")[1].split("\n## ")[0]
+    for text in ((accuracy.PAGE.parent / "accuracy.md").read_text(), readme):
+        said = re.findall(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?", text)
+        assert len(said) > 3
+        assert [number for number in said if number not in tables] == []
+
+
 def test_the_picture_has_a_dot_a_task_where_its_mean_is_and_the_best_method_on_top():
     low, high = ((TASK, x, 0.5) for x in (-1.0, 3.0))
     drawn = picture.picture({"mixup": [low, low], "full": [low, high]})
