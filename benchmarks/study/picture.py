@@ -52,12 +52,12 @@ def picture(gains: Gains) -> str:
     """The best mean on top."""
     means = {name: [mean for _, mean, _ in of] for name, of in gains.items()}
     order = sorted(gains, key=lambda name: -statistics.fmean(means[name]))
-    least, most = (f(x for of in means.values() for x in of) for f in (min, max))
-    low, high = math.floor(min(least, -1.0)), math.ceil(max(most, 1.0))
+    ends = [mean + side * of for marks in gains.values() for _, mean, of in marks for side in (-1, 1)]
+    low, high = math.floor(min(*ends, -1.0)), math.ceil(max(*ends, 1.0))
     bottom = TOP + ROW * len(order)
 
     def at(gain: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (min(max(gain, low), high) - low) / (high - low)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (gain - low) / (high - low)
 
     drawn = legend([task for task, *_ in gains[order[0]]])
     for tick in range(low, high + 1, max(1, (high - low) // 8)):
