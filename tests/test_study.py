@@ -379,7 +379,7 @@ def test_first_contact_counts_where_a_method_is_worse_by_more_than_a_standard_er
         for seed in (0, 1)
     ]
     table = first_contact.table(lines)
-    ours = r"^\| ((?:cnn|mlp).*?) \| (\S+) \| 55.0 .* \| (\S+ ± \S+) \| \+0.0 ± 0.0 \| \+0.0 ± 0.0 \|$"
+    ours = r"^\| ((?:cnn|mlp).*?), (\S+) \| 55.0 .* \| (\S+ ± \S+) \| \+0.0 ± 0.0 \| \+0.0 ± 0.0 \|$"
     rows = re.findall(ours, table, re.MULTILINE)
     assert rows == [  # the customary first
         ("cnn, clean, cosine", "0", "**-2.0 ± 1.0**"),

@@ -79,7 +79,7 @@ def named(net: str, noise: int, constant: bool, epochs: int) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """A line a setting; in bold what is worse than cross-entropy by more than a standard error."""
-    said = [f"| setting | weight decay | {' | '.join(METHODS)} |", "|---|--:" + "|--:" * len(METHODS) + "|"]
+    said = [f"| setting, weight decay | {' | '.join(METHODS)} |", "|---" + "|--:" * len(METHODS) + "|"]
     others = list(METHODS)[1:]
     lost: dict[str, list[bool]] = {method: [] for method in others}  # in each setting; first those that people use
     settings = sorted(itertools.product(PLACES, WEIGHT_DECAYS), key=lambda x: not customary(*x))
@@ -87,7 +87,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         here = [x for x in lines if (place_of(x), x["weight_decay"]) == (place, decay)]
         by = {m: {x["seed"]: x["accuracy"] for x in here if x["method"] == m} for m in METHODS}
         plain = by["cross-entropy"]
-        cells = [named(*place), f"{decay:g}", f"{statistics.fmean(plain.values()):.1f}"]
+        cells = [f"{named(*place)}, {decay:g}", f"{statistics.fmean(plain.values()):.1f}"]
         for method in others:
             above = [by[method][seed] - plain[seed] for seed in plain]
             lost[method].append(statistics.fmean(above) < -error(above))
