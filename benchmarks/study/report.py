@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 UNFINISHED = (
     "**Too few steps**: with twice as many, cross-entropy is better by more than a standard error. So this table compares "
-    "methods whose training is not done, and proves nothing; the task is to be run again with more."
+    "methods whose training is not quite done; the task is to be run again with more."
 )
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method on the seeds of the study, by seed
 COLUMNS = {"accuracy, %": ("accuracy", ".2f"), "NLL, scaled": ("nll_scaled", ".3f"), "ECE, %": ("ece", ".1f")}
