@@ -60,7 +60,7 @@ def test_the_workflows_and_the_hooks_run_targets_that_the_makefile_has_and_hooks
 
 
 def test_bare_make_lists_every_target_with_what_it_does():
-    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [re.fullmatch(r"make ([a-z-]+) +(\S.*)", line) for line in done.stdout.splitlines()]
     assert None not in rows
     assert [row[1] for row in rows] == list(dict.fromkeys(row[1] for row in rows))
