@@ -40,8 +40,9 @@ METHODS = {  # as the page calls them: method, and the setting of its own
     "full, alpha to .5": ("full", 0.5),
     "handing over": ("full handing over", None),
 }
+SHORT = 40  # epochs
 PLACES = [  # network, percent of wrong labels, whether the rate is constant, epochs
-    *itertools.product(("cnn", "mlp"), (0, 30), (False, True), (40,)),
+    *itertools.product(("cnn", "mlp"), (0, 30), (False, True), (SHORT,)),
     *itertools.product(("mlp",), (0, 30), (False,), (120,)),
 ]
 Place = tuple[str, int, bool, int]
@@ -74,7 +75,7 @@ def place_of(line: dict[str, Any]) -> Place:
 
 def named(net: str, noise: int, constant: bool, epochs: int) -> str:
     labels, rate = f"{noise}% wrong" if noise else "clean", "constant" if constant else "cosine"
-    return f"{net}, {labels}, {rate}" + f", {epochs} epochs" * (epochs != 40)
+    return f"{net}, {labels}, {rate}" + f", {epochs} epochs" * (epochs != SHORT)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -94,20 +95,17 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells.append(f"**{spread(above, '+.1f')}**" if lost[method][-1] else spread(above, "+.1f"))
         said.append(f"| {' | '.join(cells)} |")
     first, seeds = sum(customary(*x) for x in settings), len({x["seed"] for x in lines})
-    counts = (
-        f"Worse by more than a standard error ({seeds} seeds), in how many of the first {first} settings: "
-        + "; ".join(f"{method} {sum(of[:first])}" for method, of in lost.items())
-        + ". In all "
-        + f"{len(settings)}: "
-        + "; ".join(f"{method} {sum(of)}" for method, of in lost.items())
-        + "."
-    )
-    return "\n".join([*said, "", counts])
+
+    def counts(among: int) -> str:
+        return "; ".join(f"{method} {sum(of[:among])}" for method, of in lost.items())
+
+    worse = f"Worse by more than a standard error ({seeds} seeds), in how many of the first {first} settings: "
+    return "\n".join([*said, "", f"{worse}{counts(first)}. In all {len(settings)}: {counts(len(settings))}."])
 
 
 def customary(place: Place, decay: float) -> bool:
     """Settings that somebody would take who tunes nothing; the others look for the reason."""
-    return place[-1] == 40 and decay <= 5e-3
+    return place[-1] == SHORT and decay <= 5e-3
 
 
 def fill_page(text: str) -> str:

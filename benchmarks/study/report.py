@@ -30,8 +30,9 @@ COLUMNS = {"accuracy, %": ("accuracy", ".2f"), "NLL, scaled": ("nll_scaled", ".3
 def found(study: Study) -> Found:
     """At the setting that was found for each; in a study that searched nothing, at the one there is."""
     of: Found = {}
+    bests = {name: study.ranked(name)[:1] for name in {line["method"] for line in study.done.values()}}
     for line in study.done.values():
-        best = next(iter(study.ranked(line["method"])), line)
+        (best,) = bests[line["method"]] or [line]
         if "accuracy" in line and all(line[name] == best[name] for name in ("lr", "weight_decay", "own")):
             of.setdefault(line["method"], {})[line["seed"]] = line
     return of
@@ -77,7 +78,11 @@ def table(study: Study, what: str) -> Table:
 
 def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
     """Those that have every method on all seeds."""
-    return [study for study in studies if all(len(found(study).get(name, {})) >= seeds for name in METHODS)]
+
+    def whole(of: Found) -> bool:
+        return all(len(of.get(name, {})) >= seeds for name in METHODS)
+
+    return [study for study in studies if whole(found(study))]
 
 
 def page(studies: Iterable[Study]) -> str:
