@@ -1,8 +1,7 @@
 """The full method in a plain PyTorch loop, with noisy labels.
 
-First a network is trained with cross-entropy and frozen. Then a fresh one learns from
-it. There are 2,000 training images, and 40% of their labels are wrong. The 4,000 test
-images have true labels. It needs torch and aikd_losses alone.
+First a network is trained with cross-entropy and frozen, then a fresh one learns from it.
+2,000 training images, 40% of their labels wrong; 4,000 test images with true labels.
 
     python examples/quickstart.py
     test accuracy: pre-trained 66.95%, student 69.33%
@@ -19,24 +18,18 @@ from aikd_losses import AIKDLoss, FrozenTeacher
 
 FILES = Path(__file__).parent / "data" / "fashion-mnist-mini"
 EPOCHS = 40
-SGD = dict(lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-def read(name, header):
-    raw = gzip.decompress((FILES / f"{name}-ubyte.gz").read_bytes())
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
 
 
 def load(part, size):
-    x, y = read(f"{part}-images-idx3", 16), read(f"{part}-labels-idx1", 8)
-    x = (x.view(-1, 784)[:size] - 73.0) / 90.0  # mean and standard deviation
-    return x, y[:size].long()
+    files = (FILES / f"{part}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
+    x, y = (bytearray(gzip.decompress(file.read_bytes())) for file in files)
+    x, y = (torch.frombuffer(raw, dtype=torch.uint8) for raw in (x[16:], y[8:]))
+    return (x.view(-1, 784)[:size] - 73.0) / 90.0, y[:size].long()  # mean, deviation
 
 
 def train(teacher=None):
-    hidden = nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
-    model = nn.Sequential(*hidden, nn.Linear(256, 10))
-    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     criterion = AIKDLoss(len(x), num_classes=10, num_epochs=EPOCHS)
     for _ in range(EPOCHS):

@@ -1,16 +1,13 @@
 """The full method in the Hugging Face Trainer, with gradient accumulation.
 
-A small subclass has `compute_loss`, and a callback ends the epoch. A small BERT of
-random weights reads an image, four rows of pixels a token. 40% of the training labels
-are wrong.
+A small subclass has `compute_loss`, and a callback ends the epoch. A BERT of random
+weights reads images, four rows of pixels a token; 40% of the training labels are wrong.
 
     python examples/with_transformers.py
     test accuracy: pre-trained 61.12%, student 67.42%
 
-The items of the data set are dicts, to which `IndexedDataset` adds "index". Items of the
-evaluation have none. A batch comes in two parts, whose gradients are accumulated.
-Training is stopped half way, and resumed from the Trainer's checkpoint. The callback
-puts the criterion into it.
+`IndexedDataset` adds "index" to the items, which are dicts; those of the evaluation have
+none. Training is stopped half way, and resumed from the Trainer's checkpoint.
 """
 
 from __future__ import annotations
@@ -67,10 +64,7 @@ class DistillationTrainer(Trainer):
 
 
 class EndOfEpoch(TrainerCallback):
-    """The next epoch, and the criterion's part of a checkpoint.
-
-    The Trainer itself saves the model alone.
-    """
+    """The next epoch, and the criterion in a checkpoint: the Trainer saves the model alone."""
 
     def __init__(self, criterion: AIKDLoss) -> None:
         self.criterion = criterion
@@ -84,8 +78,7 @@ class EndOfEpoch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed
-            saved = torch.load(self.path(args, state), weights_only=True)
-            self.criterion.load_state_dict(saved)
+            self.criterion.load_state_dict(torch.load(self.path(args, state), weights_only=True))
             self.criterion.advance_epoch(int(state.epoch))  # if saved on a last step
 
     def path(self, args, state) -> Path:

@@ -22,7 +22,7 @@ TASKS = {  # settings of a shorter run; between what a model without knowledge i
     "language_model.py": (dict(PLAIN_EPOCHS=3, STUDENT_EPOCHS=4), (15, 30), lambda of_none: (2, of_none / 1.7)),  # bits
     "segmentation.py": (dict(EPOCHS=25, TEST=200), (0, 100 / 11), lambda of_none: (2 * of_none, 100)),  # eleven classes
 }
-LINES = {"quickstart.py": 70} | dict.fromkeys([*LOOPS, *TASKS], 130)
+LINES = {"quickstart.py": 60} | dict.fromkeys([*LOOPS, *TASKS], 120)
 PAGE = EXAMPLES.parent / "docs" / "examples.md"
 
 # Everything is imported once, and each example runs in a fork, as the script that it is.

@@ -165,7 +165,9 @@ def test_pictures_are_what_the_script_draws(tmp_path, monkeypatch):
     """The same text and shapes; numbers to a hundredth of the picture's width, as processors round differently."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     subprocess.run([sys.executable, ROOT / "tools" / "figures.py", "--out", tmp_path], check=True)
-    for figure in importlib.import_module("figures").FIGURES:
+    figures = importlib.import_module("figures").FIGURES
+    assert {path.name for path in tmp_path.iterdir()} == set(figures)
+    for figure in figures:
         committed, now = (IMAGES / figure).read_text(), (tmp_path / figure).read_text()
         assert len(committed) < 60_000
         strip = [
