@@ -31,16 +31,18 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tasks
 import torch._dynamo  # noqa: F401  # here, or every worker would import it anew: 3 seconds each
 from methods import METHODS
-from report import finished, page, picture_of, table
+from report import budgets, finished, page, picture_of, table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tasks import TASKS
+from tasks import TASKS, Task
 from train import Run, results
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -57,25 +59,25 @@ FIRST_GUESS = (0.1, 2e-3)
 ABREAST = 18  # runs side by side
 Line = dict[str, Any]
 Setting = tuple[float, float]  # learning rate and weight decay
-Batch = tuple[str, list[Run], Setting | None, bool]  # what a worker does
+Batch = tuple[Task, list[Run], Setting | None, bool, str]  # what a worker does
 
 
 class OutOfTimeError(Exception):
     """What is asked for is not done, and may not begin any more."""
 
 
-def done_by(batch: Batch) -> list[Line]:
-    return results(*batch)
-
-
 class Study:
     """The lines of a task, in memory and in its file; what is asked for is looked up there, or run."""
 
-    def __init__(self, name: str, folder: Path, jobs: int, ends: float, console: Console) -> None:
-        self.name, self.path = name, folder / f"{name}.jsonl"
-        self.jobs, self.ends, self.console = jobs, ends, console
+    def __init__(
+        self, task: Task, folder: Path, workers: Executor | None = None, jobs: int = 1, ends: float = 0.0,
+        console: Console | None = None, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.task, self.name, self.path = task, task.name, folder / f"{task.name}.jsonl"
+        self.workers, self.jobs, self.ends, self.console, self.device = workers, jobs, ends, console, device
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done: dict[tuple[Any, ...], Line] = {}
+        self.machines: list[Line] = []
         self.teacher: Setting | None = None  # learning rate and weight decay of the pre-trained models
         self.take(map(json.loads, lines))
 
@@ -87,30 +89,28 @@ class Study:
         batches: list[Batch] = []
         for _, of in by_method:
             alike = list(of)
-            batches += [(self.name, alike[i : i + ABREAST], self.teacher, test) for i in range(0, len(alike), ABREAST)]
+            parts = [alike[i : i + ABREAST] for i in range(0, len(alike), ABREAST)]
+            batches += [(self.task, part, self.teacher, test, self.device) for part in parts]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with (
-            Progress(*columns, console=self.console, transient=True) as progress,
-            multiprocessing.get_context("fork").Pool(self.jobs) as workers,
-        ):
+        with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(self.name, total=len(missing))
-            waiting = [workers.apply_async(done_by, (batch,)) for batch in batches[: self.jobs]]
+            waiting = {self.workers.submit(results, *batch) for batch in batches[: self.jobs]}
             rest = batches[self.jobs :]
             while waiting:
-                lines = waiting.pop(0).get()
-                self.keep(lines)
-                progress.advance(task, len(lines))
-                if rest and time.time() < self.ends:
-                    waiting.append(workers.apply_async(done_by, (rest.pop(0),)))
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for lines in (of.result() for of in done):
+                    self.keep(lines)
+                    progress.advance(task, len(lines))
+                    if rest and time.time() < self.ends:
+                        waiting.add(self.workers.submit(results, *rest.pop(0)))
             if rest:
                 raise OutOfTimeError
 
     def keep(self, lines: list[Line]) -> None:
-        new = not self.path.exists()
+        if machine(self.device) not in self.machines:
+            lines = [{"machine": machine(self.device), "epochs": self.task.epochs}, *lines]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            if new:
-                file.write(json.dumps({"machine": machine()}) + "\n")
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.take(lines)
 
@@ -120,6 +120,13 @@ class Study:
                 self.done[key(line)] = line
             elif "teacher" in line:
                 self.teacher = tuple(line["teacher"])
+            elif line["epochs"] == self.task.epochs:
+                self.machines.append(line["machine"])
+            else:
+                raise SystemExit(
+                    f"accuracy.py: {self.path} has runs of {line['epochs']} epochs, and the task has {self.task.epochs} now: "
+                    "move it away, or pass another folder as --results."
+                )
 
     def searched(self, names: Sequence[str]) -> dict[str, Line]:
         """The best of each method; that of cross-entropy, the first, gives the pre-trained models."""
@@ -242,11 +249,18 @@ def nice(x: float) -> float:
 
 
 def recorded() -> list[Study]:
-    return finished((Study(name, FOLDER, 1, 0.0, Console()) for name in TASKS), len(SEEDS))
+    return finished((Study(task, FOLDER) for task in TASKS.values()), len(SEEDS))
+
+
+def too_short() -> list[Study]:
+    """Tasks that were begun with fewer epochs: cross-entropy and the same twice as long."""
+    paths = sorted((FOLDER / "budget").glob("*/*.jsonl"))
+    return [Study(replace(TASKS[path.stem], epochs=int(path.parent.name)), path.parent) for path in paths]
 
 
 def fill_page(text: str) -> str:
-    return filled(text, "study", page(recorded()))
+    studies = recorded()
+    return filled(filled(text, "study", page(studies)), "budget", budgets([*studies, *too_short()]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--repeat", help="a task whose settings were found: its seeds once more, into runs/study")
     p.add_argument("--seeds", type=int, default=len(SEEDS))
     p.add_argument("--data-dir", type=Path, help="folder of the four IDX files of Fashion-MNIST")
+    p.add_argument("--epochs", type=int, help="in place of the task's own, with --results elsewhere: are they enough?")
+    p.add_argument("--device", default="cpu", help="where to train, cuda for example")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--minutes", type=float, default=1e9, help="begin nothing later")
     p.add_argument("--results", type=Path, default=FOLDER)
@@ -276,19 +292,22 @@ def main(argv: list[str] | None = None) -> None:
         p.error(f"--seeds must be between 1 and {len(SEEDS)}; got {args.seeds}.")
     console, ends = Console(width=150), time.time() + 60 * args.minutes
     for name in of:
-        tasks.pool(TASKS[name].source, args.data_dir)
-        study = Study(name, args.results, args.jobs, ends, console)
-        try:
-            if args.repeat:
-                found = {method: study.ranked(method)[0] for method in names if study.ranked(method)}
-                console.print(table(study, "as found"))
-                again = Study(name, AGAIN, args.jobs, ends, console)
-                study, again.teacher = again, study.teacher
-            else:
-                found = study.searched(names)
-            study.final(found, SEEDS[: args.seeds])
-        except OutOfTimeError:
-            console.print(f"{name}: out of time; call again to go on.")
+        task = replace(TASKS[name], epochs=args.epochs or TASKS[name].epochs)
+        tasks.pool(task.source, args.data_dir)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as workers:
+            how = workers, args.jobs, ends, console, args.device
+            study = Study(task, args.results, *how)
+            try:
+                if args.repeat:
+                    found = {method: study.ranked(method)[0] for method in names if study.ranked(method)}
+                    console.print(table(study, "as found"))
+                    again = Study(task, AGAIN, *how)
+                    study, again.teacher = again, study.teacher
+                else:
+                    found = study.searched(names)
+                study.final(found, SEEDS[: args.seeds])
+            except OutOfTimeError:
+                console.print(f"{name}: out of time; call again to go on.")
         console.print(table(study, "once more" if args.repeat else "as found"))
 
 

@@ -37,7 +37,7 @@ OUT = RESULTS / "first_contact.json"
 LEARNING_RATE, WEIGHT_DECAYS = 0.05, (0.0, 5e-4, 5e-3, 2e-2)
 METHODS = {  # as the page calls them: method, and the setting of its own
     **{name: (name, None) for name in ("cross-entropy", "falling weight", "PS-KD", "deterministic", "full")},
-    "full, alpha to .5": ("full", 0.5),
+    "full at T = 2": ("full at T = 2", None),
     "handing over": ("full handing over", None),
 }
 SHORT = 40  # epochs

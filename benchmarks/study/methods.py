@@ -131,7 +131,7 @@ class ClassWise(Method):
 class Ours(Method):
     """`AIKDLoss`, or some of its terms; labels, previous predictions and pre-trained model share the weight.
 
-    `own` is the setting of AIKDLoss that `of` makes of it.
+    `own` is the setting of AIKDLoss that `own_is` names; `settings` are others.
     """
 
     def __init__(
@@ -140,10 +140,12 @@ class Ours(Method):
         *,
         terms: tuple[str, ...] = (PRO, DET, ADV),
         grid: tuple[float, ...] = (),
-        of: Callable[[float], dict[str, Any]] = lambda own: {},
+        own_is: str = "temperature",
+        **settings: Any,
     ) -> None:
         super().__init__(own)
-        self.terms, self.grid, self.of = terms, grid, of
+        self.terms, self.grid = terms, grid
+        self.settings = settings | ({} if own is None else {own_is: own})
         self.needs_teacher = terms != (PRO,)
 
     def criterion(self, **settings: Any) -> LossStack:
@@ -154,7 +156,7 @@ class Ours(Method):
         )  # fmt: skip
 
     def some_terms(self) -> LossStack:
-        full = self.criterion(**({} if self.own is None else self.of(self.own)))
+        full = self.criterion(**self.settings)
         if set(self.terms) == set(full.terms):
             return full
         terms: dict[str, nn.Module] = {name: full.terms[name] for name in self.terms}
@@ -208,10 +210,10 @@ class WithClassWise(Ours):
         self.partner = another_of_the_class(self.data)
 
     def some_terms(self) -> LossStack:
-        full = self.criterion()
+        full = self.criterion(**self.settings)
         return LossStack(
             {**full.terms, "class_wise": DeterministicKD(temperature=4.0, class_dim=-1)},
-            weights={**full.weights, "class_wise": self.own or 1.0},
+            weights={**full.weights, "class_wise": 1.0},
             inputs={"class_wise": {"teacher_logits": "partner_logits"}},
         )
 
@@ -250,11 +252,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "label smoothing": LabelSmoothing,
     "mixup": Mixup,
     "CS-KD": ClassWise,
-    "deterministic": functools.partial(Ours, terms=(DET,), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
-    "PS-KD": functools.partial(Ours, terms=(PRO,), of=lambda own: {"alpha": own}, grid=(0.6, 0.9)),
-    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), of=lambda own: {"temperature": own}, grid=(1.0, 4.0)),
-    "full": functools.partial(Ours, of=lambda own: {"alpha": own}),
-    "full handing over": HandingOver,
-    "full + CS-KD": WithClassWise,
+    "deterministic": functools.partial(Ours, terms=(DET,), grid=(1.0, 4.0), temperature=2.0),
+    "PS-KD": functools.partial(Ours, terms=(PRO,), grid=(0.6, 0.9), own_is="alpha"),
+    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), grid=(1.0, 4.0), temperature=2.0),
+    "full": Ours,
+    "full at T = 2": functools.partial(Ours, temperature=2.0),
+    "full handing over": functools.partial(HandingOver, temperature=2.0),
+    "full + CS-KD": functools.partial(WithClassWise, temperature=2.0),
 }
 EXPLAINS = {"falling weight": FallingWeight}  # beside the methods, in first_contact.py

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from methods import METHODS
 from picture import picture
 from rich.table import Table
-from tasks import TASKS
 
 sys.path.append(str(Path(__file__).parents[1]))
 from machine import error, spread
@@ -58,13 +57,12 @@ def rows(study: Study) -> Iterator[list[str]]:
         own = "" if first["own"] is None else f", {first['own']:g}"
         cells = [spread([x[key] for x in lines.values()], form) for key, form in COLUMNS.values()]
         above = "" if name == "cross-entropy" else spread(gains(of, name), "+.2f")
-        seconds = statistics.fmean(x["seconds"] for x in lines.values())
         three = ", ".join(f"{x['validation']:.1f}" for x in study.ranked(name)[:3])
         found_at = f"{first['lr']:g}, {first['weight_decay']:g}{own}"
-        yield [name, found_at, three, cells[0], above, *cells[1:], f"{seconds:.1f}"]
+        yield [name, found_at, three, cells[0], above, *cells[1:]]
 
 
-HEADS = ["method", "found", "best three", "accuracy, %", "above cross-entropy", *list(COLUMNS)[1:], "s a run"]
+HEADS = ["method", "found", "best three", "accuracy, %", "above cross-entropy", *list(COLUMNS)[1:]]
 
 
 def table(study: Study, what: str) -> Table:
@@ -91,12 +89,28 @@ def page(studies: Iterable[Study]) -> str:
     for study in studies:
         of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
         of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
-        said.append("\n".join([f"### {study.name}", "", *of]))
+        machines = sorted({f"{x['device']}, Python {x['python']}, torch {x['torch']}" for x in study.machines})
+        trained = f"{study.task.epochs} epochs, {study.task.steps:,} steps; {'; '.join(machines)}."
+        said.append("\n".join([f"### {study.name}", "", trained, "", *of]))
     return "\n\n".join(said) or "No task is done yet."
 
 
+def budgets(studies: Iterable[Study]) -> str:
+    """What twice the steps would give cross-entropy, on each task and number of epochs."""
+    said = ["| task | epochs | steps | cross-entropy, % | twice as long |", "|---|--:|--:|--:|--:|"]
+    for study in sorted(studies, key=lambda study: (study.name, study.task.epochs)):
+        of, task = found(study), study.task
+        if "twice as long" not in of:
+            continue
+        plain = spread([x["accuracy"] for x in of["cross-entropy"].values()], ".2f")
+        longer = spread(gains(of, "twice as long"), "+.2f")
+        more = f"**{longer}**" if unfinished(of) else longer
+        said.append(f"| {task.name} | {task.epochs} | {task.steps:,} | {plain} | {more} |")
+    return "\n".join(said)
+
+
 def picture_of(studies: Sequence[Study]) -> str:
-    of = {TASKS[study.name]: found(study) for study in studies}
+    of = {study.task: found(study) for study in studies}
 
     def above(lines: Found, name: str) -> tuple[float, float]:
         return statistics.fmean(gains(lines, name)), error(gains(lines, name))

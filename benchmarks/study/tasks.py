@@ -37,14 +37,18 @@ class Task:
     def name(self) -> str:
         return f"{self.source}-{self.size}-{self.noise}-{self.net}" + "-constant" * self.constant
 
+    @property
+    def steps(self) -> int:
+        return self.epochs * (self.size // BATCH)
+
 
 TASKS = {
     task.name: task
     for task in (
         Task("mnist1d", 4_000, 0, "mlp", 120),
         Task("mnist1d", 4_000, 40, "mlp", 60),
-        *(Task("mnist1d", 1_000, noise, "cnn", epochs) for noise, epochs in ((0, 80), (20, 60), (40, 40))),
-        *(Task("mnist1d", 4_000, noise, "cnn", epochs) for noise, epochs in ((0, 30), (20, 30), (40, 20))),
+        *(Task("mnist1d", 1_000, noise, "cnn", epochs) for noise, epochs in ((0, 200), (20, 60), (40, 40))),
+        *(Task("mnist1d", 4_000, noise, "cnn", epochs) for noise, epochs in ((0, 120), (20, 40), (40, 20))),
         *(Task("fashion-mnist", 2_000, noise, "resnet", 60, augment=True) for noise in (0, 40)),
         *(Task("fashion-mnist", 10_000, noise, "resnet", 20, augment=True) for noise in (0, 40)),
     )
@@ -63,6 +67,10 @@ class Data:
     test_x: Tensor
     test_y: Tensor
     num_classes: int
+
+    def to(self, device: str) -> Data:
+        moved = (x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values())
+        return Data(*moved)
 
     def images(self, index: Tensor) -> Tensor:
         """Of ids (S, B)."""
