@@ -79,9 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128, help="over all processes (default 128)")
     add("--lr", type=float, help="of SGD with momentum 0.9 (default 0.02 mini, 0.05 fashion-mnist, 0.1 cifar)")
     add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
-    add(
-        "--temperature", type=float, default=2.0, help="of the deterministic term (default 2, which suits noisy labels)"
-    )
+    add("--temperature", type=float, default=2.0, help="of the deterministic term (default 2)")
     add("--alpha", type=float, default=0.8, help="last share of the progressive target (default 0.8)")
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="crop and flip (default: not for mini)")
     add("--seed", type=int, default=0)

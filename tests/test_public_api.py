@@ -51,7 +51,7 @@ SIGNATURES = {
     "LossStack.update": "self, **tensors",
     "LossStack.advance_epoch": "self, epoch=None",
     "AIKDLoss": (
-        "num_samples, num_classes, num_epochs, *, temperature=1.0, alpha=0.8, weights=None, targets=None, "
+        "num_samples, num_classes, num_epochs, *, temperature=2.0, alpha=0.8, weights=None, targets=None, "
         "discriminator=None, objective='wasserstein', penalty=GradientPenalty(weight=10.0), learning_rate=0.001, "
         f"{COMMON}, process_group=None"
     ),

@@ -40,7 +40,7 @@ AIKDLoss(
       epoch=0, alpha=0.2 by LinearRamp(end=0.8, num_epochs=4, start=0.0), temperature=1.0, reduction='mean', class_dim=None
       (targets): CachedTargets(num_samples=5, num_classes=3, dtype=torch.float16, device=cpu)
     )
-    (deterministic): DeterministicKD(temperature=1.0, divergence='forward_kl', reduction='mean', class_dim=None)
+    (deterministic): DeterministicKD(temperature=2.0, divergence='forward_kl', reduction='mean', class_dim=None)
     (adversarial): AdversarialDistributionLoss(
       objective='wasserstein', inputs='probs', temperature=1.0, reduction='mean', class_dim=None
       discriminator=MLPDiscriminator(num_classes=3, hidden=(64, 64))

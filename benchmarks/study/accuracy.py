@@ -11,13 +11,14 @@ A task is a data set with a size and a share of wrong labels (percent), and a ne
 The rules. Training sets, validation sets and their wrong labels are drawn anew for every seed; the search has seeds of its own.
 Each method searches learning rate and weight decay on a grid with steps of a factor of 3: the nine settings around a first
 guess (for the others it is cross-entropy's best), then those around the best, until the best is in the middle. So every optimum
-is inside of what was tried. Then all get as many trials as the method that needed most, and four more: half steps around their
-best, then rings of whole steps around that. At the best come two further values of the one setting that is the method's own.
-Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds of the search; the
-first three are run on four more, and the best over all six is what was found. That is run on ten seeds that no search saw. The
-pre-trained model of a seed is a cross-entropy run at what its own search found, with the whole budget. The test set (true
-labels) chooses nothing. Scaled values are those after dividing the logits by the temperature that suits the validation samples
-with their true labels.
+is inside of what was tried. Cross-entropy then tries half steps around its best, and at the best of all that the pre-trained
+models are trained. All get as many trials as the method that needed most, at least four more than its whole steps: half steps
+around their best, then rings of whole steps around that. At the best come two further values of the one setting that is the
+method's own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds of
+the search; the first three are run on four more, and the best over all six is what was found. That is run on ten seeds that no
+search saw. The pre-trained model of a seed is a cross-entropy run with the whole budget. The test set (true labels) chooses no
+setting. Scaled values are those after dividing the logits by the temperature that suits the validation samples with their true
+labels.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Study:
                 raise OutOfTimeError
 
     def keep(self, lines: list[Line]) -> None:
-        if machine(self.device) not in self.machines:
+        if self.machines[-1:] != [machine(self.device)]:
             lines = [{"machine": machine(self.device), "epochs": self.task.epochs}, *lines]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -133,11 +134,13 @@ class Study:
         plain, *others = names
         tried: dict[str, list[Setting]] = {plain: []}
         at = self.centred(tried, {plain: FIRST_GUESS})
+        tried[plain] += half_steps(*at[plain])
+        self.centred(tried, at)
         if self.teacher is None:
             self.keep([{"teacher": setting_of(self.confirmed(tried)[plain])}])
         tried |= {name: [] for name in others}
         at |= self.centred(tried, dict.fromkeys(others, at[plain]))
-        trials = max(map(len, tried.values())) + 4
+        trials = max(len(tried[plain]), 4 + max((len(tried[name]) for name in others), default=0))
         while min(map(len, tried.values())) < trials:
             for name, (lr, decay) in at.items():
                 more = half_steps(lr, decay) + around(lr, decay, steps=3)
@@ -249,7 +252,7 @@ def nice(x: float) -> float:
 
 
 def recorded() -> list[Study]:
-    return finished((Study(task, FOLDER) for task in TASKS.values()), len(SEEDS))
+    return [Study(task, FOLDER) for task in TASKS.values()]
 
 
 def too_short() -> list[Study]:
@@ -260,7 +263,8 @@ def too_short() -> list[Study]:
 
 def fill_page(text: str) -> str:
     studies = recorded()
-    return filled(filled(text, "study", page(studies)), "budget", budgets([*studies, *too_short()]))
+    text = filled(text, "study", page(finished(studies, len(SEEDS))))
+    return filled(text, "budget", budgets([*studies, *too_short()]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -279,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.page:
         PAGE.write_text(fill_page(PAGE.read_text()))
-        if studies := recorded():
+        if studies := finished(recorded(), len(SEEDS)):
             PICTURE.write_text(picture_of(studies))
         return
     names, of = args.methods.split(","), (args.repeat or args.task).split(",")
@@ -290,11 +294,14 @@ def main(argv: list[str] | None = None) -> None:
     names = list(dict.fromkeys(["cross-entropy", *names]))  # what the others are compared with
     if not 1 <= args.seeds <= len(SEEDS):
         p.error(f"--seeds must be between 1 and {len(SEEDS)}; got {args.seeds}.")
+    if args.epochs and args.results == FOLDER:
+        p.error("--epochs needs --results, another folder than that of the study.")
     console, ends = Console(width=150), time.time() + 60 * args.minutes
     for name in of:
         task = replace(TASKS[name], epochs=args.epochs or TASKS[name].epochs)
         tasks.pool(task.source, args.data_dir)
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as workers:
+        start = multiprocessing.get_context("fork" if args.device == "cpu" else "spawn")  # a GPU cannot be forked
+        with ProcessPoolExecutor(args.jobs, start) as workers:
             how = workers, args.jobs, ends, console, args.device
             study = Study(task, args.results, *how)
             try:

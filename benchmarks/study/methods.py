@@ -252,12 +252,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "label smoothing": LabelSmoothing,
     "mixup": Mixup,
     "CS-KD": ClassWise,
-    "deterministic": functools.partial(Ours, terms=(DET,), grid=(1.0, 4.0), temperature=2.0),
+    "deterministic": functools.partial(Ours, terms=(DET,), grid=(1.0, 4.0)),
     "PS-KD": functools.partial(Ours, terms=(PRO,), grid=(0.6, 0.9), own_is="alpha"),
-    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), grid=(1.0, 4.0), temperature=2.0),
+    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), grid=(1.0, 4.0)),
     "full": Ours,
-    "full at T = 2": functools.partial(Ours, temperature=2.0),
-    "full handing over": functools.partial(HandingOver, temperature=2.0),
-    "full + CS-KD": functools.partial(WithClassWise, temperature=2.0),
+    "full at T = 1": functools.partial(Ours, temperature=1.0),
+    "full handing over": HandingOver,
+    "full + CS-KD": WithClassWise,
 }
 EXPLAINS = {"falling weight": FallingWeight}  # beside the methods, in first_contact.py

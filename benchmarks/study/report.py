@@ -83,6 +83,20 @@ def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
     return [study for study in studies if whole(found(study))]
 
 
+def weaker_teacher(study: Study) -> str:
+    """What the pre-trained models have less than cross-entropy at its optimum, where the search found that after them."""
+    best, at = study.ranked("cross-entropy")[0], dict(zip(("lr", "weight_decay"), study.teacher or (), strict=True))
+    if all(best[name] == at[name] for name in at):
+        return ""
+    of = [line for line in study.done.values() if line["method"] == "cross-entropy" and "accuracy" not in line]
+    above, below = (
+        {line["seed"]: line["validation"] for line in of if all(line[name] == where[name] for name in at)}
+        for where in (best, at)
+    )
+    gap = spread([below[seed] - above[seed] for seed in above.keys() & below.keys()], "+.2f")
+    return f"The pre-trained models are at {at['lr']:g}, {at['weight_decay']:g}: {gap} on validation samples."
+
+
 def page(studies: Iterable[Study]) -> str:
     """What docs/study.md says of each task."""
     said = []
@@ -90,6 +104,7 @@ def page(studies: Iterable[Study]) -> str:
         of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
         of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
         machines = sorted({f"{x['device']}, Python {x['python']}, torch {x['torch']}" for x in study.machines})
+        of[:0] = [weaker, ""] if (weaker := weaker_teacher(study)) else []
         trained = f"{study.task.epochs} epochs, {study.task.steps:,} steps; {'; '.join(machines)}."
         said.append("\n".join([f"### {study.name}", "", trained, "", *of]))
     return "\n\n".join(said) or "No task is done yet."

@@ -47,10 +47,10 @@ TASKS = {
     for task in (
         Task("mnist1d", 4_000, 0, "mlp", 120),
         Task("mnist1d", 4_000, 40, "mlp", 60),
-        *(Task("mnist1d", 1_000, noise, "cnn", epochs) for noise, epochs in ((0, 200), (20, 60), (40, 40))),
-        *(Task("mnist1d", 4_000, noise, "cnn", epochs) for noise, epochs in ((0, 120), (20, 40), (40, 20))),
-        *(Task("fashion-mnist", 2_000, noise, "resnet", 60, augment=True) for noise in (0, 40)),
-        *(Task("fashion-mnist", 10_000, noise, "resnet", 20, augment=True) for noise in (0, 40)),
+        *(Task("mnist1d", 1_000, noise, "cnn", epochs) for noise, epochs in ((0, 200), (20, 120), (40, 40))),
+        *(Task("mnist1d", 4_000, noise, "cnn", epochs) for noise, epochs in ((0, 120), (20, 40), (40, 40))),
+        *(Task("fashion-mnist", 2_000, noise, "resnet", 240, augment=True) for noise in (0, 40)),
+        *(Task("fashion-mnist", 10_000, noise, "resnet", 80, augment=True) for noise in (0, 40)),
     )
 }
 

@@ -34,7 +34,7 @@ class AIKDLoss(LossStack):
         num_samples: size of the training set; ids are `0 <= index < num_samples`.
         num_classes: C, at least 2.
         num_epochs: how many epochs `alpha` takes to ramp up.
-        temperature: T of the deterministic term (default 1, the safe one; with noisy labels 2 is a little better).
+        temperature: T of the deterministic term (default 2).
         alpha: the ramp's last value (default 0.8), or a callable from the epoch to alpha.
         weights: any of the three weights, numbers or callables from the epoch, instead of w_p = w_d = 0.5 and w_a = 1. The
             first two sum to 1, the weight of the cross-entropy that they replace, so the learning rate stays right.
@@ -74,7 +74,7 @@ class AIKDLoss(LossStack):
         num_classes: int,
         num_epochs: int,
         *,
-        temperature: float = 1.0,
+        temperature: float = 2.0,
         alpha: Schedule = 0.8,
         weights: Mapping[str, Schedule] | None = None,
         targets: TargetStore | None = None,
