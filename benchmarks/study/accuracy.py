@@ -32,7 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,17 +95,16 @@ class Study:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(self.name, total=len(missing))
-            waiting = {self.workers.submit(results, *batch) for batch in batches[: self.jobs]}
-            rest = batches[self.jobs :]
-            while waiting:
+            waiting: set[Future[list[Line]]] = set()
+            while batches or waiting:
+                while batches and len(waiting) < self.jobs and time.time() < self.ends:
+                    waiting.add(self.workers.submit(results, *batches.pop(0)))
+                if not waiting:
+                    raise OutOfTimeError
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for lines in (of.result() for of in done):
                     self.keep(lines)
                     progress.advance(task, len(lines))
-                    if rest and time.time() < self.ends:
-                        waiting.add(self.workers.submit(results, *rest.pop(0)))
-            if rest:
-                raise OutOfTimeError
 
     def keep(self, lines: list[Line]) -> None:
         if self.machines[-1:] != [machine(self.device)]:

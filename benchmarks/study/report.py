@@ -85,7 +85,7 @@ def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
 
 def weaker_teacher(study: Study) -> str:
     """What the pre-trained models have less than cross-entropy at its optimum, where the search found that after them."""
-    best, at = study.ranked("cross-entropy")[0], dict(zip(("lr", "weight_decay"), study.teacher or (), strict=True))
+    best, at = study.ranked("cross-entropy")[0], dict(zip(("lr", "weight_decay"), study.teacher, strict=True))
     if all(best[name] == at[name] for name in at):
         return ""
     of = [line for line in study.done.values() if line["method"] == "cross-entropy" and "accuracy" not in line]
