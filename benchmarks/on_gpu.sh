@@ -14,7 +14,7 @@
 # benchmarks/results/; a step that ran out of time then goes on from there. `make gpu-page` writes them into docs/gpu.md.
 # study.tar has all of benchmarks/results/study; `benchmarks/study/accuracy.py --page` writes docs/study.md from it.
 #
-# REHEARSE=1 runs all of it small, on a CPU; its numbers say nothing.
+# REHEARSE=1 runs all of it small, on a CPU; its numbers say nothing. (`study` then begins nothing, and needs mnist1d.)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src PYTHONUNBUFFERED=1
