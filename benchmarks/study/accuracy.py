@@ -107,8 +107,9 @@ class Study:
                     progress.advance(task, len(lines))
 
     def keep(self, lines: list[Line]) -> None:
-        if self.machines[-1:] != [machine(self.device)]:
-            lines = [{"machine": machine(self.device), "epochs": self.task.epochs}, *lines]
+        here = machine(self.device)
+        if self.machines[-1:] != [here]:
+            lines = [{"machine": here, "epochs": self.task.epochs}, *lines]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
