@@ -135,7 +135,7 @@ def test_runs_side_by_side_are_those_alone_whatever_their_settings(task):
 
 
 @pytest.mark.parametrize(
-    "name", ["label smoothing", "deterministic", "PS-KD", "det + PS-KD"]
+    "name", ["early stopping", "label smoothing", "deterministic", "PS-KD", "det + PS-KD"]
 )  # the others draw at random
 def test_methods_keep_runs_apart(name):
     runs = [Run(name, 0, 0.1, 1e-3), Run(name, 1, 0.2, 0.0)]
@@ -199,6 +199,19 @@ def test_every_method_runs_on_a_gpu(name, task):
     assert [line["nll"] for line in on_gpu] == pytest.approx([line["nll"] for line in on_cpu], rel=0.05)
 
 
+def test_early_stopping_keeps_the_best_state_of_each_run():
+    data, method = tasks.draw(TASK, [0, 1]), METHODS["early stopping"]()
+    model = tasks.Linear(2, 40, 10)
+    method.begin(model, data, 3, False, None)
+    right = torch.eye(10)[data.validation_y]
+    data.validation_x = F.pad(right, (0, 30))  # so that the first ten inputs are the answer
+    for share in ((1.0, -1.0), (-1.0, 1.0), (0.0, 0.0)):  # of the identity, for each run: 1 is right
+        model.weight.data = torch.stack([x * torch.eye(40, 10) for x in share])
+        model.bias.data.zero_()
+        method.after_epoch()
+    assert_close(model.weight.data, torch.eye(40, 10).expand(2, 40, 10))
+
+
 def test_a_search_does_not_look_at_the_test_set(monkeypatch):
     monkeypatch.setattr(train, "metrics", None)
     (line,) = train.results(TASK, [Run("cross-entropy", 0, 0.1, 1e-3)], None, test=False)
@@ -216,6 +229,7 @@ def test_a_partner_is_a_sample_of_the_same_label_in_the_same_run_and_all_of_them
 # -------------------------------------------------------------------------------------------------------------- the search
 
 LUCK = {("full", 0.03, 2e-4): 1.5}  # on the two seeds that see every setting
+LATE = ("nobody", 0.1, 2e-3)  # who finds it, stays there
 LIKES = {"cross-entropy": (0.17, 2e-3), "mixup": (0.9, 2e-3), "full": (0.052, 2e-4)}  # off the grid that it begins with
 
 
@@ -233,6 +247,7 @@ def pretended(monkeypatch):
             away = [torch.tensor(a / b).log().abs().item() for a, b in ((run.lr, lr), (run.weight_decay, decay))]
             line = vars(run) | {"validation": 80 - sum(away) + (run.own == 0.5) + {1000: 5, 1001: -5}.get(run.seed, 0)}
             line["validation"] += LUCK.get((run.method, run.lr, run.weight_decay), 0.0) * (run.seed < 1002)
+            line["validation"] += 9.0 * ((run.method, run.lr, run.weight_decay) == LATE)
             lines.append(line | ({"accuracy": 70.0 + run.seed, "nll_scaled": 1.0, "ece": 2.0} if test else {}))
         return lines
 
@@ -294,6 +309,26 @@ def test_a_study_goes_on_where_it_was_stopped(pretended, tmp_path, capsys):
     capsys.readouterr()
     accuracy.main([*ARGUMENTS, str(tmp_path), "--minutes", "0"])
     assert "out of time; call again to go on" in capsys.readouterr().out
+
+
+def test_methods_search_anew_where_cross_entropy_finds_a_better_pretrained_model_later(
+    pretended, tmp_path, monkeypatch
+):
+    late = (0.01, 2e-3)  # two steps from where cross-entropy was, tried for the sake of as many trials as the others
+    monkeypatch.setitem(globals(), "LATE", ("cross-entropy", *late))
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    of_full = [(teacher, test) for run, teacher, test in pretended if run.method == "full"]
+    assert {teacher for teacher, _ in of_full} == {LIKES["cross-entropy"], late}
+    assert {teacher for teacher, test in of_full if test} == {late}
+    study = accuracy.Study(TASK, tmp_path)
+    assert study.teacher == late == accuracy.setting_of(study.ranked("cross-entropy")[0])
+    asked = {run for run, teacher, _ in pretended if run.method == "full" and teacher == late}
+    assert {accuracy.key(vars(run)) for run in asked} == {at for at in study.done if at[0] == "full"}
+    mixups = [run for run, *_ in pretended if run.method == "mixup"]
+    assert len(set(mixups)) == len(mixups)  # no teacher, not again
+    pretended.clear()
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    assert pretended == []
 
 
 def test_runs_of_another_number_of_epochs_are_refused(pretended, tmp_path):
@@ -359,6 +394,26 @@ def test_the_page_shows_what_was_found_and_only_of_tasks_that_are_done(pretended
     )
 
 
+def test_a_task_that_breaks_a_rule_is_not_shown(pretended, tmp_path, monkeypatch):
+    accuracy.main([*ARGUMENTS, str(tmp_path)])
+    path = tmp_path / f"{TASK.name}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    plain = [line for line in lines if line.get("method") == "cross-entropy" and "accuracy" in line]
+    monkeypatch.setattr(report, "METHODS", (*LIKES, "twice as long"))
+
+    def shown(teacher, more, seeds=2):
+        """With that much more accuracy by twice the steps."""
+        longer = [x | {"method": "twice as long", "accuracy": x["accuracy"] + more} for x in plain]
+        kept = [line | ({"teacher": teacher} if "teacher" in line else {}) for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *longer]))
+        return [study.task for study in report.finished([accuracy.Study(TASK, tmp_path)], seeds)]
+
+    assert shown(LIKES["cross-entropy"], 0.0) == [TASK]
+    assert shown(LIKES["cross-entropy"], 0.1) == []
+    assert shown((0.1, 2e-3), 0.0) == []
+    assert shown(LIKES["cross-entropy"], 0.0, seeds=3) == []
+
+
 def test_the_page_says_in_bold_where_twice_the_steps_would_have_helped():
     table = accuracy.PAGE.read_text().split("<!-- budget -->")[1].split("<!-- /budget -->")[0]
     paths = list((accuracy.FOLDER / "budget").glob("*/*.jsonl"))
@@ -383,19 +438,16 @@ def test_the_page_says_in_bold_where_twice_the_steps_would_have_helped():
         ("label smoothing", "label smoothing"),
     ],
 )  # fmt: skip
-def test_which_loss_when_has_the_gains_of_that_loss_on_those_tasks(starts, method):
-    page = (accuracy.PAGE.parent / "accuracy.md").read_text()
-    (cells,) = (
-        row.split(" | ")
-        for row in page.splitlines()
-        if row.count(" | ") == 3 and row.split(" | ")[1].startswith(starts)
-    )
-    gained = []
-    for task in ("mnist1d-4000-40-mlp", "mnist1d-4000-20-cnn", "mnist1d-1000-40-cnn"):
-        table = accuracy.PAGE.read_text().split(f"### {task}\n")[1].split("\n### ")[0]
+def test_which_loss_when_has_the_gains_of_that_loss_on_every_task(starts, method):
+    page = (accuracy.PAGE.parent / "accuracy.md").read_text().split("## Which loss when")[1].split("\n## ")[0]
+    (cells,) = (row.split(" | ") for row in page.splitlines() if row.count(" | ") == 5 and f" | {starts}" in row)
+    gained: dict[str, list[str]] = {"0": [], "20": [], "40": []}
+    for noise, table in re.findall(
+        r"\n### \S+-(\d+)-\w+\n(.+?)(?=\n### |<!-- /study)", accuracy.PAGE.read_text(), re.DOTALL
+    ):
         (row,) = (row for row in table.splitlines() if row.startswith(f"| {method} |"))
-        gained.append(row.split(" | ")[4])
-    assert cells[2] == ", ".join(gained)
+        gained[noise].append(row.split(" | ")[4].split(" ± ")[0])
+    assert cells[2:5] == [", ".join(of) for of in gained.values()]
 
 
 def test_numbers_of_the_verdict_are_those_of_the_tables():

@@ -13,12 +13,13 @@ Each method searches learning rate and weight decay on a grid with steps of a fa
 guess (for the others it is cross-entropy's best), then those around the best, until the best is in the middle. So every optimum
 is inside of what was tried. Cross-entropy then tries half steps around its best, and at the best of all that the pre-trained
 models are trained. All get as many trials as the method that needed most, at least four more than its whole steps: half steps
-around their best, then rings of whole steps around that. At the best come two further values of the one setting that is the
-method's own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds of
-the search; the first three are run on four more, and the best over all six is what was found. That is run on ten seeds that no
-search saw. The pre-trained model of a seed is a cross-entropy run with the whole budget. The test set (true labels) chooses no
-setting. Scaled values are those after dividing the logits by the temperature that suits the validation samples with their true
-labels.
+around their best, then rings of whole steps around that. At the best come three further values of the one setting that is
+the method's own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds
+of the search; the first three are run on four more, and the best over all six is what was found. Where that is better for
+cross-entropy than what the pre-trained models have, the methods that need them search anew. What was found is run on ten seeds
+that no search saw. The pre-trained model of a seed is a cross-entropy run with the whole budget. The test set (true labels)
+chooses no setting. Scaled values are those after dividing the logits by the temperature that suits the validation samples with
+their true labels.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ class Study:
         self, task: Task, folder: Path, workers: Executor | None = None, jobs: int = 1, ends: float = 0.0,
         console: Console | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.task, self.name, self.path = task, task.name, folder / f"{task.name}.jsonl"
+        self.task, self.path = task, folder / f"{task.name}.jsonl"
         self.workers, self.jobs, self.ends, self.console, self.device = workers, jobs, ends, console, device
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done: dict[tuple[Any, ...], Line] = {}
         self.machines: list[Line] = []
-        self.teacher: Setting | None = None  # learning rate and weight decay of the pre-trained models
+        self.teacher: Setting | None = None  # of the pre-trained models; what was run with others no longer counts
         self.take(map(json.loads, lines))
 
     def run(self, runs: Iterable[Run], test: bool = False) -> None:
@@ -94,7 +95,7 @@ class Study:
             batches += [(self.task, part, self.teacher, test, self.device) for part in parts]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(self.name, total=len(missing))
+            task = progress.add_task(self.task.name, total=len(missing))
             waiting: set[Future[list[Line]]] = set()
             while batches or waiting:
                 while batches and len(waiting) < self.jobs and time.time() < self.ends:
@@ -121,6 +122,7 @@ class Study:
                 self.done[key(line)] = line
             elif "teacher" in line:
                 self.teacher = tuple(line["teacher"])
+                self.done = {at: x for at, x in self.done.items() if not METHODS[x["method"]]().needs_teacher}
             elif line["epochs"] == self.task.epochs:
                 self.machines.append(line["machine"])
             else:
@@ -135,26 +137,31 @@ class Study:
         tried: dict[str, list[Setting]] = {plain: []}
         at = self.centred(tried, {plain: FIRST_GUESS})
         tried[plain] += half_steps(*at[plain])
-        self.centred(tried, at)
-        if self.teacher is None:
-            self.keep([{"teacher": setting_of(self.confirmed(tried)[plain])}])
-        tried |= {name: [] for name in others}
-        at |= self.centred(tried, dict.fromkeys(others, at[plain]))
-        trials = max(len(tried[plain]), 4 + max((len(tried[name]) for name in others), default=0))
-        while min(map(len, tried.values())) < trials:
-            for name, (lr, decay) in at.items():
-                more = half_steps(lr, decay) + around(lr, decay, steps=3)
-                tried[name] = [*tried[name], *(x for x in more if x not in tried[name])][:trials]
-            at = self.centred(tried, at)
-            trials = max(map(len, tried.values()))
-        own = [
-            Run(name, seed, *setting_of(self.inside(name, of)[0]), value)
-            for name, of in tried.items()
-            for value in METHODS[name]().grid
-            for seed in SEARCH_SEEDS
-        ]
-        self.run(own)
-        return self.confirmed(tried)
+        at = self.centred(tried, at)
+        found, start = self.confirmed(tried), at[plain]
+        while True:
+            if setting_of(found[plain]) != self.teacher:
+                self.keep([{"teacher": setting_of(found[plain])}])
+            anew = [name for name in others if name not in tried or METHODS[name]().needs_teacher]
+            tried |= {name: [] for name in anew}
+            at |= self.centred(tried, dict.fromkeys(anew, start))
+            trials = max([*map(len, tried.values()), *(4 + len(tried[name]) for name in anew)])
+            while min(map(len, tried.values())) < trials:
+                for name, (lr, decay) in at.items():
+                    more = half_steps(lr, decay) + around(lr, decay, steps=3)
+                    tried[name] = [*tried[name], *(x for x in more if x not in tried[name])][:trials]
+                at = self.centred(tried, at)
+                trials = max(map(len, tried.values()))
+            own = [
+                Run(name, seed, *setting_of(self.inside(name, of)[0]), value)
+                for name, of in tried.items()
+                for value in METHODS[name]().grid
+                for seed in SEARCH_SEEDS
+            ]
+            self.run(own)
+            found = self.confirmed(tried)
+            if setting_of(found[plain]) == self.teacher:
+                return found
 
     def centred(self, tried: dict[str, list[Setting]], at: dict[str, Setting]) -> dict[str, Setting]:
         """The best whole step of each method, when all around it was tried."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,29 @@ class TwiceAsLong(Method):
     length = 2
 
 
+class EarlyStopping(Method):
+    """Of 20 states along the way, the one that is best on the validation samples, whose labels are as wrong."""
+
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.epoch, self.looks = 0, {math.ceil(self.epochs * i / 20) for i in range(1, 21)}
+        self.best = torch.full((len(self.data.y),), -1.0)
+        self.kept = {name: x.clone() for name, x in self.model.state_dict().items()}
+
+    def after_epoch(self) -> None:
+        self.epoch += 1
+        if self.epoch in self.looks:
+            guess = logits_of(self.model, self.data.validation_x).argmax(-1)
+            right = (guess == self.data.validation_y).float().mean(1)
+            better = right > self.best
+            self.best[better] = right[better]
+            for kept, x in zip(self.kept.values(), self.model.state_dict().values(), strict=True):
+                if x.ndim:
+                    kept.view(len(better), -1)[better] = x.view(len(better), -1)[better]
+        if self.epoch == self.epochs:
+            self.model.load_state_dict(self.kept)
+
+
 class FallingWeight(Method):
     """Cross-entropy times the share that PS-KD leaves the labels: what that schedule does without any previous prediction."""
 
@@ -75,7 +99,7 @@ class FallingWeight(Method):
 class LabelSmoothing(Method):
     """Szegedy et al., 2016, https://arxiv.org/abs/1512.00567."""
 
-    grid = (0.2, 0.4)
+    grid = (0.2, 0.4, 0.6)
 
     def loss(self, index: Tensor) -> Tensor:
         logits = self.model(self.inputs(index))
@@ -85,7 +109,7 @@ class LabelSmoothing(Method):
 class Mixup(Method):
     """Zhang et al., 2018, https://arxiv.org/abs/1710.09412; `own` is both parameters of the beta distribution."""
 
-    grid = (0.5, 1.0)
+    grid = (0.1, 0.5, 1.0)
 
     def loss(self, index: Tensor) -> Tensor:
         a, order = self.own or 0.2, torch.randperm(index.shape[1])
@@ -114,7 +138,7 @@ def another_of_the_class(data: Data) -> Callable[[Tensor], Tensor]:
 class ClassWise(Method):
     """CS-KD: Yun et al., 2020, https://arxiv.org/abs/2003.13964: match one's prediction for another sample of the class."""
 
-    grid = (0.5, 2.0)
+    grid = (0.5, 2.0, 4.0)
 
     def begin(self, *args: Any) -> None:
         super().begin(*args)
@@ -249,12 +273,13 @@ class Discriminators(nn.Module):
 METHODS: dict[str, Callable[..., Method]] = {
     "cross-entropy": Method,
     "twice as long": TwiceAsLong,
+    "early stopping": EarlyStopping,
     "label smoothing": LabelSmoothing,
     "mixup": Mixup,
     "CS-KD": ClassWise,
-    "deterministic": functools.partial(Ours, terms=(DET,), grid=(1.0, 4.0)),
-    "PS-KD": functools.partial(Ours, terms=(PRO,), grid=(0.6, 0.9), own_is="alpha"),
-    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), grid=(1.0, 4.0)),
+    "deterministic": functools.partial(Ours, terms=(DET,), grid=(1.0, 4.0, 8.0)),
+    "PS-KD": functools.partial(Ours, terms=(PRO,), grid=(0.6, 0.9, 1.0), own_is="alpha"),
+    "det + PS-KD": functools.partial(Ours, terms=(PRO, DET), grid=(1.0, 4.0, 8.0)),
     "full": Ours,
     "full at T = 1": functools.partial(Ours, temperature=1.0),
     "full handing over": HandingOver,

@@ -18,10 +18,6 @@ from machine import error, spread
 if TYPE_CHECKING:
     from accuracy import Study
 
-UNFINISHED = (
-    "**Too few steps**: with twice as many, cross-entropy is better by more than a standard error. So this table compares "
-    "methods whose training is not quite done; the task is to be run again with more."
-)
 Found = dict[str, dict[int, dict[str, Any]]]  # the runs of each method on the seeds of the study, by seed
 COLUMNS = {"accuracy, %": ("accuracy", ".2f"), "NLL, scaled": ("nll_scaled", ".3f"), "ECE, %": ("ece", ".1f")}
 
@@ -66,7 +62,7 @@ HEADS = ["method", "found", "best three", "accuracy, %", "above cross-entropy", 
 
 
 def table(study: Study, what: str) -> Table:
-    shown = Table(title=f"{study.name}, {what}; mean ± standard error, differences paired by seed")
+    shown = Table(title=f"{study.task.name}, {what}; mean ± standard error, differences paired by seed")
     for column in HEADS:
         shown.add_column(column, justify="left" if column == "method" else "right")
     for cells in rows(study):
@@ -75,26 +71,15 @@ def table(study: Study, what: str) -> Table:
 
 
 def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
-    """Those that have every method on all seeds."""
+    """Those that keep the rules: every method on all seeds, enough steps, and pre-trained models at cross-entropy's optimum."""
 
-    def whole(of: Found) -> bool:
-        return all(len(of.get(name, {})) >= seeds for name in METHODS)
+    def by_the_rules(study: Study) -> bool:
+        of = found(study)
+        whole = all(len(of.get(name, {})) >= seeds for name in METHODS)
+        best = study.ranked("cross-entropy")[0] if whole else {}
+        return whole and not unfinished(of) and study.teacher == (best["lr"], best["weight_decay"])
 
-    return [study for study in studies if whole(found(study))]
-
-
-def weaker_teacher(study: Study) -> str:
-    """What the pre-trained models have less than cross-entropy at its optimum, where the search found that after them."""
-    best, at = study.ranked("cross-entropy")[0], dict(zip(("lr", "weight_decay"), study.teacher, strict=True))
-    if all(best[name] == at[name] for name in at):
-        return ""
-    of = [line for line in study.done.values() if line["method"] == "cross-entropy" and "accuracy" not in line]
-    above, below = (
-        {line["seed"]: line["validation"] for line in of if all(line[name] == where[name] for name in at)}
-        for where in (best, at)
-    )
-    gap = spread([below[seed] - above[seed] for seed in above.keys() & below.keys()], "+.2f")
-    return f"The pre-trained models are at {at['lr']:g}, {at['weight_decay']:g}: {gap} on validation samples."
+    return [study for study in studies if by_the_rules(study)]
 
 
 def page(studies: Iterable[Study]) -> str:
@@ -102,18 +87,16 @@ def page(studies: Iterable[Study]) -> str:
     said = []
     for study in studies:
         of = [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---", *["--:"] * (len(HEADS) - 1)], *rows(study))]
-        of[:0] = [UNFINISHED, ""] if unfinished(found(study)) else []
         machines = sorted({f"{x['device']}, Python {x['python']}, torch {x['torch']}" for x in study.machines})
-        of[:0] = [weaker, ""] if (weaker := weaker_teacher(study)) else []
         trained = f"{study.task.epochs} epochs, {study.task.steps:,} steps; {'; '.join(machines)}."
-        said.append("\n".join([f"### {study.name}", "", trained, "", *of]))
+        said.append("\n".join([f"### {study.task.name}", "", trained, "", *of]))
     return "\n\n".join(said) or "No task is done yet."
 
 
 def budgets(studies: Iterable[Study]) -> str:
     """What twice the steps would give cross-entropy, on each task and number of epochs."""
     said = ["| task | epochs | steps | cross-entropy, % | twice as long |", "|---|--:|--:|--:|--:|"]
-    for study in sorted(studies, key=lambda study: (study.name, study.task.epochs)):
+    for study in sorted(studies, key=lambda study: (study.task.name, study.task.epochs)):
         of, task = found(study), study.task
         if "twice as long" not in of:
             continue

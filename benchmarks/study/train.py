@@ -62,7 +62,7 @@ def trained(
     method = (METHODS | EXPLAINS)[name](own)
     seeds = [run.seed for run in runs]
     data, model = draw(task, seeds).to(device), network(task, starts).to(device)
-    epochs, steps = method.length * task.epochs, task.size // BATCH
+    epochs, steps = method.length * task.epochs, task.steps // task.epochs
     generators = [torch.Generator().manual_seed(start + 1) for start in starts]
     torch.manual_seed(starts[0] + 2)
     with torch.device(device):
