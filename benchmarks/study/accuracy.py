@@ -11,12 +11,12 @@ A task is a data set with a size and a share of wrong labels (percent), and a ne
 The rules. Training sets, validation sets and their wrong labels are drawn anew for every seed; the search has seeds of its own.
 Each method searches learning rate and weight decay on a grid with steps of a factor of 3: the nine settings around a first
 guess (for the others it is cross-entropy's best), then those around the best, until the best is in the middle. So every optimum
-is inside of what was tried. Cross-entropy then tries half steps around its best, and at the best of all that the pre-trained
-models are trained. All get as many trials as the method that needed most, at least four more than its whole steps: half steps
-around their best, then rings of whole steps around that. At the best come three further values of the one setting that is
-the method's own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds
-of the search; the first three are run on four more, and the best over all six is what was found. Where that is better for
-cross-entropy than what the pre-trained models have, the methods that need them search anew. What was found is run on ten seeds
+is inside of what was tried. Then come the eight half steps around the best, and whole steps further away, so that all methods
+get as many trials as the one that needed most. At the best come three further values of the one setting that is the method's
+own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds of the
+search; the first three are run on four more, and the best over all six is what was found. The pre-trained models are trained at
+cross-entropy's best; where its later trials find a better one, the methods that need a pre-trained model search anew: lines
+before the last "teacher" line no longer count for them. What was found is run on ten seeds
 that no search saw. The pre-trained model of a seed is a cross-entropy run with the whole budget. The test set (true labels)
 chooses no setting. Scaled values are those after dividing the logits by the temperature that suits the validation samples with
 their true labels.
@@ -41,7 +41,7 @@ from typing import Any
 import tasks
 import torch._dynamo  # noqa: F401  # here, or every worker would import it anew: 3 seconds each
 from methods import METHODS
-from report import budgets, finished, page, picture_of, table
+from report import budgets, finished, page, pairs, picture_of, table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tasks import TASKS, Task
@@ -136,22 +136,21 @@ class Study:
         plain, *others = names
         tried: dict[str, list[Setting]] = {plain: []}
         at = self.centred(tried, {plain: FIRST_GUESS})
-        tried[plain] += half_steps(*at[plain])
-        at = self.centred(tried, at)
-        found, start = self.confirmed(tried), at[plain]
+        start = at[plain]
+        at = self.refined(tried, at)
         while True:
-            if setting_of(found[plain]) != self.teacher:
-                self.keep([{"teacher": setting_of(found[plain])}])
-            anew = [name for name in others if name not in tried or METHODS[name]().needs_teacher]
-            tried |= {name: [] for name in anew}
-            at |= self.centred(tried, dict.fromkeys(anew, start))
-            trials = max([*map(len, tried.values()), *(4 + len(tried[name]) for name in anew)])
-            while min(map(len, tried.values())) < trials:
-                for name, (lr, decay) in at.items():
-                    more = half_steps(lr, decay) + around(lr, decay, steps=3)
-                    tried[name] = [*tried[name], *(x for x in more if x not in tried[name])][:trials]
-                at = self.centred(tried, at)
+            self.confirmed(tried)
+            if not self.teacher_is_best():
+                self.keep([{"teacher": setting_of(self.ranked(plain)[0])}])
+            tried |= {name: [] for name in others}
+            at = self.centred(tried, at | dict.fromkeys(others, start))
+            at = self.refined(tried, at)
+            while len({len(of) for of in tried.values()}) > 1:  # as many trials for all
                 trials = max(map(len, tried.values()))
+                for name, of in at.items():
+                    more = [setting for setting in around(*of, steps=9) if setting not in tried[name]]
+                    tried[name] += more[: trials - len(tried[name])]
+                at = self.refined(tried, self.centred(tried, at))
             own = [
                 Run(name, seed, *setting_of(self.inside(name, of)[0]), value)
                 for name, of in tried.items()
@@ -160,7 +159,7 @@ class Study:
             ]
             self.run(own)
             found = self.confirmed(tried)
-            if setting_of(found[plain]) == self.teacher:
+            if self.teacher_is_best():
                 return found
 
     def centred(self, tried: dict[str, list[Setting]], at: dict[str, Setting]) -> dict[str, Setting]:
@@ -177,6 +176,17 @@ class Study:
             before, at = at, {name: setting_of(self.ranked(name, SEARCH_SEEDS, tried[name])[0]) for name in at}
             if at == before:
                 return at
+
+    def refined(self, tried: dict[str, list[Setting]], at: dict[str, Setting]) -> dict[str, Setting]:
+        """The same with the half steps around it, and with all that was run before."""
+        for name, of in at.items():
+            known = [setting_of(x) for x in self.ranked(name, SEARCH_SEEDS) if x["own"] is None]
+            tried[name] += [x for x in dict.fromkeys([*half_steps(*of), *known]) if x not in tried[name]]
+        after = self.centred(tried, at)
+        return after if after == at else self.refined(tried, after)
+
+    def teacher_is_best(self) -> bool:
+        return setting_of(self.ranked("cross-entropy")[0]) == self.teacher
 
     def confirmed(self, tried: dict[str, list[Setting]]) -> dict[str, Line]:
         """The best of the first few, over more seeds: with two alone it would be the luckiest."""
@@ -270,7 +280,8 @@ def too_short() -> list[Study]:
 
 def fill_page(text: str) -> str:
     studies = recorded()
-    text = filled(text, "study", page(finished(studies, len(SEEDS))))
+    done = finished(studies, len(SEEDS))
+    text = filled(filled(text, "study", page(done)), "pairs", pairs(done))
     return filled(text, "budget", budgets([*studies, *too_short()]))
 
 
@@ -316,7 +327,9 @@ def main(argv: list[str] | None = None) -> None:
                     found = {method: study.ranked(method)[0] for method in names if study.ranked(method)}
                     console.print(table(study, "as found"))
                     again = Study(task, AGAIN, *how)
-                    study, again.teacher = again, study.teacher
+                    if again.teacher != study.teacher:
+                        again.keep([{"teacher": study.teacher}])
+                    study = again
                 else:
                     found = study.searched(names)
                 study.final(found, SEEDS[: args.seeds])

@@ -33,10 +33,10 @@ def found(study: Study) -> Found:
     return of
 
 
-def gains(of: Found, name: str, key: str = "accuracy") -> list[float]:
-    """What a method has over cross-entropy, seed by seed where both were run."""
-    both = of[name].keys() & of["cross-entropy"].keys()
-    return [of[name][seed][key] - of["cross-entropy"][seed][key] for seed in sorted(both)]
+def gains(of: Found, name: str, over: str = "cross-entropy") -> list[float]:
+    """Points of accuracy that a method has over another, seed by seed where both were run."""
+    both = of[name].keys() & of[over].keys()
+    return [of[name][seed]["accuracy"] - of[over][seed]["accuracy"] for seed in sorted(both)]
 
 
 def unfinished(of: Found) -> bool:
@@ -76,8 +76,7 @@ def finished(studies: Iterable[Study], seeds: int) -> list[Study]:
     def by_the_rules(study: Study) -> bool:
         of = found(study)
         whole = all(len(of.get(name, {})) >= seeds for name in METHODS)
-        best = study.ranked("cross-entropy")[0] if whole else {}
-        return whole and not unfinished(of) and study.teacher == (best["lr"], best["weight_decay"])
+        return whole and not unfinished(of) and study.teacher_is_best()
 
     return [study for study in studies if by_the_rules(study)]
 
@@ -91,6 +90,21 @@ def page(studies: Iterable[Study]) -> str:
         trained = f"{study.task.epochs} epochs, {study.task.steps:,} steps; {'; '.join(machines)}."
         said.append("\n".join([f"### {study.task.name}", "", trained, "", *of]))
     return "\n\n".join(said) or "No task is done yet."
+
+
+PAIRS = (
+    ("full + CS-KD", "CS-KD"), ("full + CS-KD", "full"), ("full", "CS-KD"), ("full", "det + PS-KD"), ("full", "full at T = 1"),
+    ("full", "full handing over"),
+)  # fmt: skip
+
+
+def pairs(studies: Iterable[Study]) -> str:
+    said = [f"| task | {' | '.join(f'{a} minus {b}' for a, b in PAIRS)} |", "|---" + "|--:" * len(PAIRS) + "|"]
+    for study in studies:
+        of = found(study)
+        cells = [spread(gains(of, name, over), "+.2f") for name, over in PAIRS]
+        said.append(f"| {study.task.name} | {' | '.join(cells)} |")
+    return "\n".join(said)
 
 
 def budgets(studies: Iterable[Study]) -> str:

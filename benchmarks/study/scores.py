@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Of the samples (S, N, ...) of several runs, as in evaluation; the model stays in its mode."""
+    """Of the samples (S, N, ...) of several runs, as in evaluation; the model stays in its mode. Those of a network that
+    diverged say that all classes are alike."""
     training = model.training
     model.eval()
     out = torch.cat([model(part) for part in x.split(500, dim=1)], dim=1)
     model.train(training)
-    return out
+    return out.nan_to_num(0, 0, 0)
 
 
 def percent_right(logits: Tensor, target: Tensor) -> float:

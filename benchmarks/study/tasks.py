@@ -45,7 +45,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("mnist1d", 4_000, 0, "mlp", 120),
+        Task("mnist1d", 4_000, 0, "mlp", 240),
         Task("mnist1d", 4_000, 40, "mlp", 60),
         *(Task("mnist1d", 1_000, noise, "cnn", epochs) for noise, epochs in ((0, 200), (20, 120), (40, 40))),
         *(Task("mnist1d", 4_000, noise, "cnn", epochs) for noise, epochs in ((0, 120), (20, 40), (40, 40))),
