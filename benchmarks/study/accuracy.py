@@ -16,10 +16,9 @@ get as many trials as the one that needed most. At the best come three further v
 own. Best is accuracy on 4,000 validation samples, whose labels are as wrong as the training set's, over two seeds of the
 search; the first three are run on four more, and the best over all six is what was found. The pre-trained models are trained at
 cross-entropy's best; where its later trials find a better one, the methods that need a pre-trained model search anew: lines
-before the last "teacher" line no longer count for them. What was found is run on ten seeds
-that no search saw. The pre-trained model of a seed is a cross-entropy run with the whole budget. The test set (true labels)
-chooses no setting. Scaled values are those after dividing the logits by the temperature that suits the validation samples with
-their true labels.
+before the last "teacher" line no longer count for them. What was found is run on ten seeds that no search saw. The pre-trained
+model of a seed is a cross-entropy run with the whole budget. The test set (true labels) chooses no setting. Scaled values are
+those after dividing the logits by the temperature that suits the validation samples with their true labels.
 """
 
 from __future__ import annotations
@@ -138,8 +137,8 @@ class Study:
         at = self.centred(tried, {plain: FIRST_GUESS})
         start = at[plain]
         at = self.refined(tried, at)
+        self.confirmed(tried)
         while True:
-            self.confirmed(tried)
             if not self.teacher_is_best():
                 self.keep([{"teacher": setting_of(self.ranked(plain)[0])}])
             tried |= {name: [] for name in others}
